@@ -1,0 +1,62 @@
+"""Every exception this package raises on purpose.
+
+A message says what was expected, what came, and what to do about it.
+"""
+
+__all__ = [
+    "AlreadyOptimizedError",
+    "CalibrationError",
+    "EvditError",
+    "GraphCaptureError",
+    "LayoutError",
+    "MaskError",
+    "NoVideoAttentionError",
+    "NonFiniteOutputError",
+    "PlanError",
+    "PlanMismatchError",
+    "UnsupportedInputError",
+]
+
+
+class EvditError(Exception):
+    """Base class of every error raised by evdit_opt."""
+
+
+class MaskError(EvditError, ValueError):
+    """A grid, rule, tile mask or attention call is not well formed."""
+
+
+class PlanError(EvditError, ValueError):
+    """A plan file is damaged, too large, of another version, or holds invalid values."""
+
+
+class PlanMismatchError(EvditError, RuntimeError):
+    """A plan does not fit the model: other class, missing site, or a planned site that was not rewritten."""
+
+
+class LayoutError(EvditError, RuntimeError):
+    """The token layout (frames, height, width, text) of an attention could not be established."""
+
+
+class GraphCaptureError(EvditError, RuntimeError):
+    """The model could not be captured as a graph in the way that was asked for."""
+
+
+class NoVideoAttentionError(EvditError, ValueError):
+    """The model has no 3D full self-attention this package can rewrite."""
+
+
+class UnsupportedInputError(EvditError, TypeError):
+    """What was handed in is not a video pipeline or module this package can call."""
+
+
+class AlreadyOptimizedError(EvditError, RuntimeError):
+    """A plan is already applied to this model; call ``evdit_opt.restore(model)`` first."""
+
+
+class CalibrationError(EvditError, ValueError):
+    """Calibration cannot start or finish with what was given (no prompts, too few, ...)."""
+
+
+class NonFiniteOutputError(CalibrationError):
+    """The model produced NaN or infinity during calibration or verification."""
