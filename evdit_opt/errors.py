@@ -14,6 +14,7 @@ __all__ = [
     "NonFiniteOutputError",
     "PlanError",
     "PlanMismatchError",
+    "PlanNotFoundError",
     "UnsupportedInputError",
 ]
 
@@ -30,8 +31,12 @@ class PlanError(EvditError, ValueError):
     """A plan file is damaged, too large, of another version, or holds invalid values."""
 
 
+class PlanNotFoundError(PlanError, FileNotFoundError):
+    """There is no plan file where one was expected."""
+
+
 class PlanMismatchError(EvditError, RuntimeError):
-    """A plan does not fit the model: other class, missing site, or a planned site that was not rewritten."""
+    """A plan does not fit the model: other class, missing site, a planned site not rewritten."""
 
 
 class LayoutError(EvditError, RuntimeError):

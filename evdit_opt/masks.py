@@ -17,7 +17,7 @@ import torch
 from evdit_opt.errors import MaskError
 from evdit_opt.grid import TokenLayout
 
-__all__ = ["MAX_FRAMES", "DROPPED", "Rule", "TileMask", "block_density"]
+__all__ = ["DROPPED", "MAX_FRAMES", "Rule", "TileMask", "block_density"]
 
 DROPPED = -math.inf
 MAX_FRAMES = 4096
@@ -49,9 +49,13 @@ class TileMask:
             raise MaskError(f"expected 1 to {MAX_FRAMES} frames in a tile mask, got {frames}")
         for i, row in enumerate(self.rows):
             if len(row) != frames:
-                raise MaskError(f"expected a square mask of {frames} frames, row {i} has {len(row)}")
+                raise MaskError(
+                    f"expected a square mask of {frames} frames, row {i} has {len(row)}"
+                )
             if any(math.isnan(value) or value == math.inf for value in row):
-                raise MaskError(f"expected -inf or finite numbers in a tile mask, row {i} has NaN or +inf")
+                raise MaskError(
+                    f"expected -inf or finite numbers in a tile mask, row {i} has NaN or +inf"
+                )
             if all(value == DROPPED for value in row):
                 raise MaskError(f"expected at least one kept tile in every row, row {i} has none")
 
@@ -107,8 +111,8 @@ class TileMask:
         """The kept tiles as small host-side lists, linear in the kept tiles of a row.
 
         Returns:
-            intervals: flat triples ``(row, first key frame, past-the-end key frame)``, rows ascending,
-                neighbouring kept tiles of equal weight merged.
+            intervals: flat triples ``(row, first key frame, past-the-end key frame)``, rows
+                ascending, neighbouring kept tiles of equal weight merged.
             log_weights: one number per triple.
         """
         intervals: list[int] = []
@@ -130,12 +134,16 @@ class TileMask:
     ) -> "TileMask":
         """Inverse of :meth:`segments`."""
         if len(intervals) != 3 * len(log_weights):
-            raise MaskError(f"expected 3 integers per weight, got {len(intervals)} and {len(log_weights)}")
+            raise MaskError(
+                f"expected 3 integers per weight, got {len(intervals)} and {len(log_weights)}"
+            )
         rows = [[DROPPED] * frames for _ in range(frames)]
         for n, weight in enumerate(log_weights):
             row, start, stop = intervals[3 * n : 3 * n + 3]
             if not (0 <= row < frames and 0 <= start < stop <= frames):
-                raise MaskError(f"expected an interval within {frames} frames, got {(row, start, stop)}")
+                raise MaskError(
+                    f"expected an interval within {frames} frames, got {(row, start, stop)}"
+                )
             rows[row][start:stop] = [weight] * (stop - start)
         return cls(tuple(tuple(row) for row in rows))
 
@@ -178,8 +186,14 @@ class Rule:
     def __post_init__(self) -> None:
         for name in ("references", "window"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_FRAMES:
-                raise MaskError(f"expected Rule.{name} to be an integer in 0..{MAX_FRAMES}, got {value!r}")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int)
+                or not 0 <= value <= MAX_FRAMES
+            ):
+                raise MaskError(
+                    f"expected Rule.{name} to be an integer in 0..{MAX_FRAMES}, got {value!r}"
+                )
         if self.weighting not in ("none", "balanced"):
             raise MaskError(f"expected Rule.weighting 'none' or 'balanced', got {self.weighting!r}")
         if self.spacing not in ("paper", "centred"):
@@ -233,7 +247,7 @@ class Rule:
 def block_density(mask: TileMask, layout: TokenLayout, block: int = 128) -> float:
     """Share of ``block`` x ``block`` token blocks that hold at least one kept pair.
 
-    This is how block-sparse kernels, and the paper's Table 1, count: a partly kept block is computed.
+    Block-sparse kernels, and the paper's Table 1, count so: a partly kept block is computed.
     """
     _require_frames(mask, layout)
     blocks = math.ceil(layout.seq_len / block)
@@ -254,7 +268,9 @@ def block_density(mask: TileMask, layout: TokenLayout, block: int = 128) -> floa
 
 def _require_frames(mask: TileMask, layout: TokenLayout) -> None:
     if mask.frames != layout.grid.frames:
-        raise MaskError(f"expected a mask of {layout.grid.frames} frames for this layout, got {mask.frames}")
+        raise MaskError(
+            f"expected a mask of {layout.grid.frames} frames for this layout, got {mask.frames}"
+        )
 
 
 def _float32(value: float) -> float:

@@ -1,0 +1,130 @@
+"""``Config``: what a person may set about a calibration, with units."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from evdit_opt.errors import CalibrationError
+from evdit_opt.masks import Spacing, Weighting
+
+__all__ = ["Config"]
+
+IMPLEMENTATIONS = ("auto", "reference", "decomposed", "triton", "flex")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Settings of ``make_plan`` and ``optimize``. Use ``dataclasses.replace`` to change some.
+
+    Attributes:
+        threshold: r of Algorithm 1: the largest relative error of a site's attention output,
+            ``||sparse - dense|| / ||dense||``, at which a rule is accepted. No unit. Larger is
+            faster and further from the dense video.
+        references: numbers of reference frames k to try.
+        windows: numbers of frames kept on each side of the diagonal to try.
+        weightings: how kept reference tiles are weighted, see ``Rule.weighting``.
+        spacings: where reference frames are placed, see ``Rule.spacing``.
+        max_density: kept share of tiles, 0 to 1, above which a rule cannot pay: not tried.
+        min_tokens: sequence length in tokens below which a site runs dense. Attention over short
+            sequences is not where the time goes.
+        calib_steps: denoising steps of every calibration and verification run.
+        record_every: every how many denoiser forwards of a run errors are measured.
+        verify_prompts: how many of the given prompts (the last ones) are kept from the search, to
+            measure quality on. 0 skips verification, and the plan then carries no quality.
+        seed: seed of the first run's noise; run n uses ``seed + n``.
+        min_psnr: quality floor in dB: mean PSNR of the verified clips to their dense twins.
+            None: no floor.
+        min_ssim: quality floor: mean SSIM of the verified clips, -1 to 1. None: no floor.
+        max_flicker_ratio: quality bound: mean ratio of background flicker to that of the dense
+            clip, no unit. None: no bound.
+        max_distinct_rules: different rules a plan may hold. Dynamo makes one graph per rule when
+            blocks are compiled one by one, and gives up after 8.
+        inner: torch.compile backend that compiles the rewritten graph.
+        impl: implementation of tile attention, see ``evdit_opt.tile_attention``.
+        progress: show progress bars on stderr.
+        pipe_kwargs: further arguments of every call of a pipeline: num_frames, height, width,
+            guidance_scale, negative_prompt, ...
+
+    Raises:
+        CalibrationError: if a value is outside its range.
+    """
+
+    threshold: float = 0.1
+    references: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8, 12)
+    windows: tuple[int, ...] = (0, 1, 2)
+    weightings: tuple[Weighting, ...] = ("none", "balanced")
+    spacings: tuple[Spacing, ...] = ("paper", "centred")
+    max_density: float = 0.8
+    min_tokens: int = 256
+    calib_steps: int = 8
+    record_every: int = 1
+    verify_prompts: int = 2
+    seed: int = 0
+    min_psnr: float | None = None
+    min_ssim: float | None = None
+    max_flicker_ratio: float | None = None
+    max_distinct_rules: int = 6
+    inner: str = "inductor"
+    impl: str = "auto"
+    progress: bool = True
+    pipe_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require_number("threshold", self.threshold, 0.0)
+        _require_number("max_density", self.max_density, 0.0, 1.0)
+        for name, low in (("references", 0), ("windows", 0)):
+            for value in _require_choices(name, getattr(self, name)):
+                _require_int(name, value, low)
+        for name, allowed in (
+            ("weightings", ("none", "balanced")),
+            ("spacings", ("paper", "centred")),
+        ):
+            for value in _require_choices(name, getattr(self, name)):
+                _require_one_of(name, value, allowed)
+        for name in ("min_tokens", "verify_prompts", "seed"):
+            _require_int(name, getattr(self, name), 0)
+        for name in ("calib_steps", "record_every"):
+            _require_int(name, getattr(self, name), 1)
+        _require_int("max_distinct_rules", self.max_distinct_rules, 1, 8)
+        if self.min_psnr is not None:
+            _require_number("min_psnr", self.min_psnr, 0.0)
+        if self.min_ssim is not None:
+            _require_number("min_ssim", self.min_ssim, -1.0, 1.0)
+        if self.max_flicker_ratio is not None:
+            _require_number("max_flicker_ratio", self.max_flicker_ratio, 0.0)
+        _require_one_of("impl", self.impl, IMPLEMENTATIONS)
+        if not isinstance(self.inner, str) or not self.inner:
+            raise _wrong("inner", "the name of a torch.compile backend", self.inner)
+        if not isinstance(self.progress, bool):
+            raise _wrong("progress", "True or False", self.progress)
+        if not isinstance(self.pipe_kwargs, Mapping):
+            raise _wrong("pipe_kwargs", "a dict of pipeline arguments", self.pipe_kwargs)
+
+
+def _wrong(name: str, expected: str, value: object) -> CalibrationError:
+    return CalibrationError(f"expected Config.{name} to be {expected}, got {value!r}")
+
+
+def _require_int(name: str, value: object, low: int, high: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        bounds = f">= {low}" if high == math.inf else f"in {low}..{high}"
+        raise _wrong(name, f"an integer {bounds}", value)
+
+
+def _require_number(name: str, value: object, low: float, high: float = math.inf) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type, operator]
+        bounds = f">= {low}" if high == math.inf else f"in {low}..{high}"
+        raise _wrong(name, f"a finite number {bounds}", value)
+
+
+def _require_choices(name: str, value: object) -> tuple[object, ...]:
+    if not isinstance(value, tuple) or not value or any(value.count(v) > 1 for v in value):
+        raise _wrong(name, "a non-empty tuple of different values", value)
+    return value
+
+
+def _require_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise _wrong(name, f"one of {', '.join(allowed)}", value)

@@ -1,0 +1,161 @@
+"""The records a plan is made of. Each refuses values outside its range with a ``PlanError``."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from evdit_opt.errors import PlanError
+from evdit_opt.masks import Rule
+
+__all__ = [
+    "MAX_TOKENS",
+    "CalibrationRecord",
+    "RuleEvidence",
+    "SiteLayout",
+    "SitePlan",
+    "SpeedRecord",
+    "require_int",
+    "require_number",
+    "require_text",
+]
+
+MAX_TOKENS = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SiteLayout:
+    """Text tokens around the video tokens of one site, as calibrated.
+
+    Attributes:
+        prefix: text tokens before the video.
+        suffix: text tokens after the video.
+    """
+
+    prefix: int = 0
+    suffix: int = 0
+
+    def __post_init__(self) -> None:
+        require_int("prefix", self.prefix, 0, MAX_TOKENS)
+        require_int("suffix", self.suffix, 0, MAX_TOKENS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RuleEvidence:
+    """What one rule would cost at one site, measured in calibration.
+
+    Attributes:
+        rule: ``Rule.describe`` at the calibrated grid.
+        density: kept / all token pairs at the calibrated layout, text included.
+        output: relative error of the attention output.
+        temporal: the same for its change from frame to frame.
+    """
+
+    rule: str
+    density: float
+    output: float
+    temporal: float
+
+    def __post_init__(self) -> None:
+        require_text("rule", self.rule, 100)
+        require_number("density", self.density, 0.0, 1.0)
+        require_number("output", self.output, 0.0)
+        require_number("temporal", self.temporal, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SitePlan:
+    """The decision for one site.
+
+    Attributes:
+        name: module path of the attention, such as ``blocks.3.attn1``.
+        rule: the rule applied; None: the site stays dense.
+        reason: why this rule, or why dense.
+        layout: text tokens around the video.
+        density: kept / all token pairs at the calibrated layout; 1 for a dense site.
+        errors: what every candidate would cost here.
+    """
+
+    name: str
+    rule: Rule | None
+    reason: str
+    layout: SiteLayout
+    density: float
+    errors: tuple[RuleEvidence, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_text("name", self.name, 256)
+        require_text("reason", self.reason, 1000)
+        require_number("density", self.density, 0.0, 1.0)
+        if self.rule is None and self.density != 1.0:
+            raise PlanError(f"expected density 1 at a dense site, got {self.density}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationRecord:
+    """How a plan was found.
+
+    Attributes:
+        prompts_hash: hash of the calibration prompts (or calls).
+        prompt_count: how many there were, held-out ones included.
+        steps: denoising steps of every run.
+        seed: seed of the first run.
+        threshold: r of Algorithm 1 that gave the chosen rules.
+    """
+
+    prompts_hash: str
+    prompt_count: int
+    steps: int
+    seed: int
+    threshold: float
+
+    def __post_init__(self) -> None:
+        require_text("prompts_hash", self.prompts_hash, 128)
+        require_int("prompt_count", self.prompt_count, 1, MAX_TOKENS)
+        require_int("steps", self.steps, 1, MAX_TOKENS)
+        require_int("seed", self.seed, 0, 2**63 - 1)
+        require_number("threshold", self.threshold, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpeedRecord:
+    """Time of one denoiser forward at the calibrated grid.
+
+    Attributes:
+        dense_ms: median milliseconds, dense, compiled the same way.
+        optimized_ms: median milliseconds with the plan applied.
+        device: what it ran on.
+    """
+
+    dense_ms: float
+    optimized_ms: float
+    device: str
+
+    def __post_init__(self) -> None:
+        require_number("dense_ms", self.dense_ms, 1e-6)
+        require_number("optimized_ms", self.optimized_ms, 1e-6)
+        require_text("device", self.device, 256)
+
+    @property
+    def speedup(self) -> float:
+        """``dense_ms / optimized_ms``."""
+        return self.dense_ms / self.optimized_ms
+
+
+def require_int(name: str, value: Any, low: int, high: int) -> None:
+    """Refuse what is not an integer in ``low..high``; a bool is none."""
+    if type(value) is not int or not low <= value <= high:
+        raise PlanError(f"expected {name} to be an integer in {low}..{high}, got {value!r}")
+
+
+def require_number(name: str, value: Any, low: float, high: float = math.inf) -> None:
+    """Refuse what is not a finite number in ``low..high``."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
+        raise PlanError(f"expected {name} to be a finite number in {low}..{high}, got {value!r}")
+
+
+def require_text(name: str, value: Any, limit: int) -> None:
+    """Refuse what is not a short string that prints on one line."""
+    if not isinstance(value, str) or not 1 <= len(value) <= limit or not value.isprintable():
+        shown = ascii(value)[:60]
+        raise PlanError(f"expected {name} to be 1 to {limit} printable characters, got {shown}")
