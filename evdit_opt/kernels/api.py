@@ -1,0 +1,84 @@
+"""Tile attention for people: a mask and a layout instead of lists of integers."""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from evdit_opt.errors import MaskError
+from evdit_opt.grid import TokenLayout
+from evdit_opt.kernels import ops  # noqa: F401  (registers torch.ops.evdit)
+from evdit_opt.masks import TileMask
+
+__all__ = ["tile_attention"]
+
+
+@overload
+def tile_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: TileMask, layout: TokenLayout, *,
+    scale: float | None = ..., attn_mask: Tensor | None = ..., impl: str = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def tile_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: TileMask, layout: TokenLayout, *,
+    scale: float | None = ..., attn_mask: Tensor | None = ..., impl: str = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def tile_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: TileMask,
+    layout: TokenLayout,
+    *,
+    scale: float | None = None,
+    attn_mask: Tensor | None = None,
+    impl: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention that computes only the tiles a mask keeps, exact at token level.
+
+    A query token of frame i attends to every token of frame j with ``mask.bias[i, j]`` added to the
+    logits. Text (prefix and suffix of the layout) attends to, and is attended by, everything.
+    Differentiable in q, k and v. The method is Efficient-vDiT's, arXiv 2502.06155.
+
+    Args:
+        q: ``[batch, heads, seq, head_dim]``, any strides; float32, float16, bfloat16, or float64
+            (not "triton").
+        k: ``[batch, kv_heads, seq, head_dim]``; heads is a multiple of kv_heads.
+        v: like k.
+        mask: the tile mask, for ``layout.grid.frames`` frames.
+        layout: where frames and text lie in the sequence.
+        scale: multiplies the logits; None is ``1 / sqrt(head_dim)``.
+        attn_mask: the model's own key-padding mask, kept in addition to the tile mask:
+            ``[batch | 1, heads | 1, 1, seq]``, bool (True = attend) or additive float. It gets no
+            gradient. Where it hides every kept key of a query, out is 0 and lse is -inf.
+        impl: "reference" (quadratic memory), "decomposed" (dense attention calls), "triton" (the
+            fused kernel), or "auto", which in this version is "decomposed" on every device. An
+            explicit choice never falls back to another.
+        return_lse: also return the log-sum-exp.
+
+    Returns:
+        ``[batch, heads, seq, head_dim]``, strides like ``torch.empty_like(q)``; with ``return_lse``
+        also ``[batch, heads, seq]``, the natural log of the sum of exp(weighted logits), float32
+        (float64 for float64 inputs), not differentiable.
+
+    Raises:
+        MaskError: if mask, layout, tensors, ``attn_mask`` or ``impl`` do not fit together.
+        UnsupportedInputError: if dtype, device or head_dim are not supported.
+    """
+    if mask.frames != layout.grid.frames:
+        raise MaskError(
+            f"expected a mask of {layout.grid.frames} frames for this layout, got {mask.frames}; "
+            "use rule.mask(layout.grid.frames)"
+        )
+    intervals, log_weights = mask.segments()
+    out, lse = torch.ops.evdit.tile_attention(
+        q, k, v, attn_mask, intervals, log_weights,
+        layout.grid.frames, layout.grid.tokens_per_frame, layout.prefix, layout.suffix,
+        scale, impl,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out

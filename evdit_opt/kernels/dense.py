@@ -1,0 +1,170 @@
+"""Dense attention with its log-sum-exp, forward and backward, on whatever device the tensors are.
+
+``attend`` picks PyTorch's fused kernel for the device, explicitly, by device and dtype. The fused
+kernels are private ATen operators: ``tests/kernels/test_dense.py`` pins their signatures.
+
+``attend_backward`` takes the *final* output and log-sum-exp of the queries, so the gradient of an
+attention that was cut into pieces is the sum over its pieces, without any merging.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["attend", "attend_backward", "lse_dtype"]
+
+# Logits that the chunked softmax holds at once, in elements: 64 MiB in float32.
+CHUNK_LOGITS = 1 << 24
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a log-sum-exp, and of accumulators, for inputs of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of every query with every key.
+
+    Args:
+        q: ``[batch, heads, queries, head_dim]``, contiguous last dim.
+        k: ``[batch, heads, keys, head_dim]``, contiguous last dim.
+        v: like k.
+        bias: None, or added to the logits: ``[batch | 1, heads | 1, 1, keys]``, ``lse_dtype``.
+        scale: multiplies the logits before the bias.
+
+    Returns:
+        out: ``[batch, heads, queries, head_dim]``, dtype of q; 0 where the bias hides every key.
+        lse: ``[batch, heads, queries]``, natural log, ``lse_dtype``; -inf where it does.
+    """
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, False, attn_mask=_cpu_bias(bias, q), scale=scale
+        )
+        return _hide_empty(out, lse, bias)
+    if q.device.type == "cuda" and q.dtype != torch.float64:
+        if bias is None and q.dtype != torch.float32:
+            width = q.shape[-1]
+            padded = [_pad_head_dim(x) for x in (q, k, v)]
+            out, lse, *_ = aten._scaled_dot_product_flash_attention(
+                *padded, 0.0, False, scale=scale
+            )
+            return out[..., :width], lse[..., : q.shape[2]]
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(
+            q, k, v, _cuda_bias(bias, q, k), True, 0.0, False, scale=scale
+        )
+        return _hide_empty(out, lse[..., : q.shape[2]], bias)
+    return _attend_in_chunks(q, k, v, bias, scale)
+
+
+def attend_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`attend`, recomputed from the log-sum-exp.
+
+    Args:
+        grad_out: gradient of ``out``, ``[batch, heads, queries, head_dim]``.
+        q: as in :func:`attend`; so are k, v, bias and scale.
+        out: output over *all* keys of a query, of which k may be a part.
+        lse: log-sum-exp over all keys of a query, minus the log-weight of this part; +inf (not
+            -inf) for a query without any key.
+
+    Returns:
+        Gradients of q, k and v for this part.
+    """
+    if q.device.type == "cpu":
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, q, k, v, out, lse, 0.0, False, attn_mask=_cpu_bias(bias, q), scale=scale
+        )
+        return grads[0], grads[1], grads[2]
+    return _attend_backward_in_chunks(grad_out, q, k, v, bias, out, lse, scale)
+
+
+def _cpu_bias(bias: Tensor | None, q: Tensor) -> Tensor | None:
+    return None if bias is None else bias.expand(-1, -1, q.shape[2], -1)
+
+
+def _cuda_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """The bias in q's dtype, expanded, its rows in a storage whose length is a multiple of 16."""
+    if bias is None:
+        return None
+    keys = k.shape[2]
+    storage = bias.new_zeros((*bias.shape[:3], -(-keys // 16) * 16), dtype=q.dtype)
+    storage[..., :keys] = bias
+    return storage[..., :keys].expand(q.shape[0], q.shape[1], q.shape[2], keys)
+
+
+def _pad_head_dim(x: Tensor) -> Tensor:
+    """CUDA's flash kernel takes multiples of 8."""
+    missing = -x.shape[-1] % 8
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x
+
+
+def _hide_empty(out: Tensor, lse: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Set the rows whose keys are all hidden to (0, -inf), whatever a kernel left there."""
+    if bias is None:
+        return out, lse
+    empty = (bias == -math.inf).all(-1)  # [batch | 1, heads | 1, 1]
+    return out.masked_fill(empty.unsqueeze(-1), 0.0), lse.masked_fill(empty, -math.inf)
+
+
+def _chunks(q: Tensor, keys: int) -> list[slice]:
+    rows = max(1, CHUNK_LOGITS // max(1, q.shape[0] * q.shape[1] * keys))
+    return [slice(start, start + rows) for start in range(0, q.shape[2], rows)]
+
+
+def _attend_in_chunks(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax over a bounded number of queries at a time, for devices without a fused kernel."""
+    wide = lse_dtype(q.dtype)
+    k_wide, v_wide = k.to(wide), v.to(wide)
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=wide)
+    for rows in _chunks(q, k.shape[2]):
+        logits = q[:, :, rows].to(wide) @ k_wide.transpose(-1, -2) * scale
+        if bias is not None:
+            logits = logits + bias
+        chunk_lse = torch.logsumexp(logits, -1)
+        finite = chunk_lse.masked_fill(chunk_lse == -math.inf, math.inf)
+        out[:, :, rows] = ((logits - finite.unsqueeze(-1)).exp() @ v_wide).to(q.dtype)
+        lse[:, :, rows] = chunk_lse
+    return out, lse
+
+
+def _attend_backward_in_chunks(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = lse_dtype(q.dtype)
+    k_wide, v_wide = k.to(wide), v.to(wide)
+    grad_q = torch.empty_like(q, dtype=wide)
+    grad_k, grad_v = torch.zeros_like(k_wide), torch.zeros_like(v_wide)
+    for rows in _chunks(q, k.shape[2]):
+        q_wide, grad = q[:, :, rows].to(wide), grad_out[:, :, rows].to(wide)
+        logits = q_wide @ k_wide.transpose(-1, -2) * scale
+        if bias is not None:
+            logits = logits + bias
+        weights = (logits - lse[:, :, rows].unsqueeze(-1)).exp()
+        delta = (grad * out[:, :, rows].to(wide)).sum(-1, keepdim=True)
+        grad_logits = weights * (grad @ v_wide.transpose(-1, -2) - delta) * scale
+        grad_q[:, :, rows] = grad_logits @ k_wide
+        grad_k += grad_logits.transpose(-1, -2) @ q_wide
+        grad_v += weights.transpose(-1, -2) @ grad
+    return grad_q, grad_k, grad_v
