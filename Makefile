@@ -1,0 +1,35 @@
+# Every target works alone from a fresh clone; all it needs is make and a python3 of 3.10 or later.
+PYTHON ?= python3
+WORKERS ?= 2
+BIN := .venv/bin
+
+# Idle OpenMP threads sleep; by default they spin, and slow down whoever shares the cores.
+export OMP_WAIT_POLICY := passive
+
+.PHONY: demo test lint wheel clean
+
+demo: .venv/installed
+	$(BIN)/evdit demo
+
+test: export OMP_NUM_THREADS := 1
+test: lint
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: .venv/installed
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf .venv dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# torch first and alone: pip then takes the build that suits this machine (a local CPU wheel where
+# there is one), and nothing that follows may ask for another.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --progress-bar off torch==2.13.0
+	$(BIN)/python -m pip install --progress-bar off -e ".[diffusers,train,export,dev]"
+	touch $@

@@ -1,0 +1,27 @@
+"""What holds for every test: one thread a worker, repeatable examples, GPU tests only with a GPU."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+# The same examples on every run: a red test stays red until it is fixed.
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, max_examples=100, print_blob=True
+)
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # workers share the cores already
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, torch.cuda.is_available() is False")
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(skip)
