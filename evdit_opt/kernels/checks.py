@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from evdit_opt.errors import MaskError, UnsupportedInputError
-from evdit_opt.kernels.decomposed import Geometry
+from evdit_opt.kernels.geometry import Geometry
 
 __all__ = ["check_inputs"]
 

@@ -12,55 +12,20 @@ Mask family: Efficient-vDiT, arXiv 2502.06155.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from evdit_opt.kernels.decomposition import Decomposition, Run, decompose
-from evdit_opt.kernels.dense import attend, lse_dtype
+from evdit_opt.kernels.dense import attend, key_bias, lse_dtype
+from evdit_opt.kernels.geometry import Geometry, own_windows, take
+from evdit_opt.kernels.key_buffer import KeyBuffer
 
-__all__ = ["Geometry", "Schedule", "choose_schedule", "forward", "key_bias", "own_windows"]
+__all__ = ["Schedule", "choose_schedule", "forward"]
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Geometry:
-    """Where frames and text lie in a sequence, in tokens.
-
-    Attributes:
-        frames: latent frames.
-        tokens: tokens of one frame.
-        prefix: text tokens before the video.
-        suffix: text tokens after the video.
-    """
-
-    frames: int
-    tokens: int
-    prefix: int
-    suffix: int
-
-    @property
-    def seq_len(self) -> int:
-        """Tokens of the whole sequence."""
-        return self.prefix + self.frames * self.tokens + self.suffix
-
-    @property
-    def text(self) -> list[tuple[int, int]]:
-        """Token ranges of the text."""
-        video_stop = self.prefix + self.frames * self.tokens
-        return join([(0, self.prefix), (video_stop, self.seq_len)])
-
-    def token(self, frame: int) -> int:
-        """Position of the first token of ``frame``."""
-        return self.prefix + frame * self.tokens
-
-    def ranges(
-        self, frames: Sequence[tuple[int, int]], with_text: bool = False
-    ) -> list[tuple[int, int]]:
-        """Frame intervals, and the text where asked for, as ascending token ranges."""
-        video = [(self.token(start), self.token(stop)) for start, stop in frames]
-        return join(sorted(video + self.text) if with_text else video)
+# Below this many tokens a frame, one row is too little work for a call of its own.
+SMALL_FRAME = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,13 +41,15 @@ class Schedule:
     rows_per_call: int
 
 
-def choose_schedule(plan: Decomposition, q: Tensor, tokens: int) -> Schedule:
-    """The form that measured fastest for this device and shape (docs/notes/kernels.md)."""
-    if q.device.type != "cpu":
-        # A bias would rule out flash attention, so weights go into the merge there.
-        return Schedule(merge=plan.is_weighted, rows_per_call=1)
-    small = tokens < 192
-    return Schedule(merge=small and plan.shared_frames > 1, rows_per_call=5 if small else 1)
+def choose_schedule(plan: Decomposition, geometry: Geometry) -> Schedule:
+    """The form that measured fastest (docs/notes/kernels.md)."""
+    if plan.is_weighted:
+        # Gathering would need a bias: slower on a CPU, and it rules out flash attention on CUDA.
+        return Schedule(merge=True, rows_per_call=1)
+    if plan.shared_frames == 0 and not geometry.text:
+        # Own keys only are views: nothing to copy, so as few calls as possible.
+        return Schedule(merge=False, rows_per_call=plan.frames)
+    return Schedule(merge=False, rows_per_call=1 if geometry.tokens >= SMALL_FRAME else 5)
 
 
 def forward(
@@ -113,7 +80,7 @@ def forward(
         out like ``torch.empty_like(q)``, lse ``[batch, heads, seq]`` (natural log, float32 or 64).
     """
     plan = decompose(intervals, log_weights, geometry.frames)
-    schedule = schedule or choose_schedule(plan, q, geometry.tokens)
+    schedule = schedule or choose_schedule(plan, geometry)
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -129,16 +96,6 @@ def forward(
         for part in call.split() if one_by_one else [call]:
             (_merge if schedule.merge else _gather)(part, plan, schedule)
     return out, lse
-
-
-def key_bias(attn_mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """A key-padding mask as additive numbers ``[batch | 1, heads | 1, 1, seq]``."""
-    if attn_mask is None:
-        return None
-    if attn_mask.dtype != torch.bool:
-        return attn_mask.to(lse_dtype(q.dtype))
-    bias = torch.zeros(attn_mask.shape, dtype=lse_dtype(q.dtype), device=q.device)
-    return bias.masked_fill_(~attn_mask, -math.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +131,7 @@ def _dense_rows(call: _Call, plan: Decomposition) -> None:
     ranges = call.geometry.ranges(plan.dense, with_text=True)
     if not ranges:
         return
-    out, lse = attend(_take(call.q, ranges), call.k, call.v, call.bias, call.scale)
+    out, lse = attend(take(call.q, ranges), call.k, call.v, call.bias, call.scale)
     offset = 0
     for start, stop in ranges:
         rows = slice(offset, offset + stop - start)
@@ -213,10 +170,10 @@ def _merge(call: _Call, plan: Decomposition, schedule: Schedule) -> None:
             groups.append((text, (0.0,) * plan.sparse_rows))
     started = set(own)
     for ranges, weights in groups:
-        k, v = _take(call.k, ranges), _take(call.v, ranges)
+        k, v = take(call.k, ranges), take(call.v, ranges)
         bias = None
         if call.bias is not None:
-            bias = _take(call.bias.transpose(2, 3), ranges).transpose(2, 3)
+            bias = take(call.bias.transpose(2, 3), ranges).transpose(2, 3)
         for span in plan.spans:
             last = span[-1]
             start, stop = geometry.token(span[0].first), geometry.token(last.first + last.count)
@@ -245,13 +202,13 @@ def _merge_into(
     if may_be_empty:
         # -inf - -inf: no key seen on either side.
         difference = torch.nan_to_num(difference, nan=0.0, posinf=math.inf, neginf=-math.inf)
-    share = torch.sigmoid(difference).unsqueeze(-1)
-    if out.dtype == share.dtype:
-        out.lerp_(part, share)
+        lse.copy_(torch.logaddexp(lse, part_lse))
     else:
-        out.copy_(torch.lerp(out.to(share.dtype), part.to(share.dtype), share))
-    torch.logaddexp(lse, part_lse, out=part_lse)
-    lse.copy_(part_lse)
+        # The same number as logaddexp, which is 20 times slower on a CPU.
+        lse += torch.nn.functional.softplus(difference, threshold=40.0)
+    share = torch.sigmoid(difference).unsqueeze(-1)
+    # Three vectorised passes; lerp with a broadcast weight is scalar on a CPU.
+    out += (part.to(share.dtype) - out).mul_(share).to(out.dtype)
 
 
 def _attend_runs(
@@ -266,11 +223,11 @@ def _attend_runs(
     shared = shared or []
     capacity = max(run.own_frames for run in runs) * geometry.tokens
     rows = min(rows_per_call, max(run.count for run in runs))
-    keys = _KeyBuffer(call.k, shared, rows, capacity)
-    values = _KeyBuffer(call.v, shared, rows, capacity)
+    keys = KeyBuffer(call.k, shared, rows, capacity)
+    values = KeyBuffer(call.v, shared, rows, capacity)
     padding = None
     if call.bias is not None:
-        padding = _KeyBuffer(call.bias.transpose(2, 3), shared, rows, capacity)
+        padding = KeyBuffer(call.bias.transpose(2, 3), shared, rows, capacity)
     for run in runs:
         weights = _run_weights(plan, run, geometry, with_shared, call.lse)
         for first in range(run.first, run.first + run.count, rows):
@@ -294,48 +251,6 @@ def _attend_runs(
             lse_rows.copy_(lse.unsqueeze(-1))
 
 
-class _KeyBuffer:
-    """Keys of a few rows at a time, ``[rows | batch, heads, shared + own, head_dim]``.
-
-    The shared keys are copied when it is made; the own keys of a row when it is asked for.
-    """
-
-    def __init__(
-        self, source: Tensor, shared: list[tuple[int, int]], rows: int, capacity: int
-    ) -> None:
-        self.source = source
-        self.shared = sum(stop - start for start, stop in shared)
-        self.buffer: Tensor | None = None
-        self.shape = (max(rows, source.shape[0]), source.shape[1])
-        self.length = self.shared + capacity
-        if shared:
-            buffer = self._allocate()
-            offset = 0
-            for start, stop in shared:
-                buffer[:, :, offset : offset + stop - start] = source[:, :, start:stop]
-                offset += stop - start
-
-    def rows(self, geometry: "Geometry", run: Run, first: int, count: int) -> Tensor:
-        """Keys of rows ``first .. first + count`` of ``run``; valid until the next call."""
-        if not self.shared and len(run.own) == 1:
-            start, stop, _ = run.own[0]
-            return own_windows(self.source, geometry, first, count, start, stop)
-        buffer = self._allocate() if self.buffer is None else self.buffer
-        used = buffer[:count] if count > 1 or self.source.shape[0] == 1 else buffer
-        offset = self.shared
-        for start, stop, _ in run.own:
-            length = (stop - start) * geometry.tokens
-            used[:, :, offset : offset + length] = own_windows(
-                self.source, geometry, first, count, start, stop
-            )
-            offset += length
-        return used[:, :, :offset]
-
-    def _allocate(self) -> Tensor:
-        self.buffer = self.source.new_empty((*self.shape, self.length, self.source.shape[3]))
-        return self.buffer
-
-
 def _run_weights(
     plan: Decomposition, run: Run, geometry: Geometry, with_shared: bool, like: Tensor
 ) -> Tensor | None:
@@ -353,41 +268,3 @@ def _run_weights(
     text = sum(stop - start for start, stop in geometry.text) if with_shared else 0
     video = like.new_tensor(table).repeat_interleave(geometry.tokens, dim=1)
     return torch.cat([video.new_zeros(len(table), text), video], dim=1)[:, None, None]
-
-
-def own_windows(
-    x: Tensor, geometry: Geometry, first: int, count: int, start: int, stop: int
-) -> Tensor:
-    """Frames ``row + start .. row + stop`` for each of ``count`` rows from ``first``, as a view.
-
-    Args:
-        x: ``[batch, heads, seq, dim]``; batch must be 1 if count is not.
-
-    Returns:
-        ``[count | batch, heads, (stop - start) * tokens, dim]``; windows of several rows overlap.
-    """
-    begin, end = geometry.token(first + start), geometry.token(first + count - 1 + stop)
-    if count == 1:
-        return x[:, :, begin:end]
-    length = (stop - start) * geometry.tokens
-    windows = x[0, :, begin:end].unfold(1, length, geometry.tokens)  # [heads, count, dim, length]
-    return windows.permute(1, 0, 3, 2)
-
-
-def join(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ascending token ranges without the empty ones, touching ones joined."""
-    joined: list[tuple[int, int]] = []
-    for start, stop in ranges:
-        if start == stop:
-            continue
-        if joined and joined[-1][1] == start:
-            joined[-1] = (joined[-1][0], stop)
-        else:
-            joined.append((start, stop))
-    return joined
-
-
-def _take(x: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
-    """Token ranges of ``x`` ``[batch, heads, seq, dim]`` side by side; a view if there is one."""
-    parts = [x[:, :, start:stop] for start, stop in ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

@@ -9,9 +9,9 @@ import math
 import torch
 from torch import Tensor
 
-from evdit_opt.kernels.decomposed import Geometry, key_bias, own_windows
 from evdit_opt.kernels.decomposition import Decomposition, Run, decompose
-from evdit_opt.kernels.dense import attend_backward, lse_dtype
+from evdit_opt.kernels.dense import attend_backward, key_bias, lse_dtype
+from evdit_opt.kernels.geometry import Geometry, own_windows
 
 __all__ = ["backward"]
 

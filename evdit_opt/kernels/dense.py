@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["attend", "attend_backward", "lse_dtype"]
+__all__ = ["attend", "attend_backward", "key_bias", "lse_dtype"]
 
 # Logits that the chunked softmax holds at once, in elements: 64 MiB in float32.
 CHUNK_LOGITS = 1 << 24
@@ -88,6 +88,16 @@ def attend_backward(
         )
         return grads[0], grads[1], grads[2]
     return _attend_backward_in_chunks(grad_out, q, k, v, bias, out, lse, scale)
+
+
+def key_bias(attn_mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """A key-padding mask as additive numbers ``[batch | 1, heads | 1, 1, seq]``."""
+    if attn_mask is None:
+        return None
+    if attn_mask.dtype != torch.bool:
+        return attn_mask.to(lse_dtype(q.dtype))
+    bias = torch.zeros(attn_mask.shape, dtype=lse_dtype(q.dtype), device=q.device)
+    return bias.masked_fill_(~attn_mask, -math.inf)
 
 
 def _cpu_bias(bias: Tensor | None, q: Tensor) -> Tensor | None:

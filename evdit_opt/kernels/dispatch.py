@@ -4,7 +4,7 @@ from torch import Tensor
 
 from evdit_opt.errors import MaskError
 from evdit_opt.kernels import decomposed, reference
-from evdit_opt.kernels.decomposed import Geometry
+from evdit_opt.kernels.geometry import Geometry
 
 __all__ = ["IMPLEMENTATIONS", "forward", "resolve"]
 

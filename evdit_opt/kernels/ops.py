@@ -13,8 +13,8 @@ from torch import Tensor
 
 from evdit_opt.kernels import decomposed_backward, dispatch
 from evdit_opt.kernels.checks import check_inputs
-from evdit_opt.kernels.decomposed import Geometry
 from evdit_opt.kernels.dense import lse_dtype
+from evdit_opt.kernels.geometry import Geometry
 
 __all__ = ["tile_attention_op"]
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from evdit_opt.grid import TokenLayout, VideoGrid
-from evdit_opt.kernels.decomposed import Geometry, key_bias
-from evdit_opt.kernels.dense import lse_dtype
+from evdit_opt.kernels.dense import key_bias, lse_dtype
+from evdit_opt.kernels.geometry import Geometry
 from evdit_opt.masks import TileMask
 
 __all__ = ["forward"]
