@@ -1,8 +1,8 @@
 """Measure TinyWan on unseen seeds: `python -m evdit_opt.demo.evaluate --pairs 64 --steps 50`.
 
-Every batch of clips leaves small JSON files, so that an interrupted evaluation continues and several
-processes can share the work (`--worker 0 --workers 2`); the process that finds all of them done
-writes the summary.
+Every batch of clips leaves small JSON files, so that an interrupted evaluation continues and
+several processes can share the work (`--worker 0 --workers 2`); the process that finds all of them
+done writes the summary.
 """
 
 from __future__ import annotations

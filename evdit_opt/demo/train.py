@@ -2,7 +2,8 @@
 
 Stages, each resumable at any moment (also after kill -9):
     vae          train the autoencoder
-    latents      encode clips into shards (may run beside the next stage)
+    latents      encode clips into shards (may run beside the next two stages)
+    decoder      polish the decoder on the shards (may run beside the next stage)
     transformer  train text encoder and transformer on the shards there are
     export       write the pipeline into the package
 """
@@ -28,11 +29,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=("vae", "latents", "transformer", "export", "all"))
+    parser.add_argument(
+        "stage", choices=("vae", "latents", "decoder", "transformer", "export", "all")
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/tinywan"))
     parser.add_argument("--target", type=Path, default=WEIGHTS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vae-steps", type=int, default=2200)
+    parser.add_argument("--decoder-steps", type=int, default=800)
     parser.add_argument("--shards", type=int, default=100, help="64 clips each")
     for field in fields(train_denoiser.Recipe):
         if field.type in ("int", "float"):
@@ -53,13 +57,15 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = train_denoiser.Recipe(
         **{name: getattr(options, name) for name in names if hasattr(options, name)}
     )
-    stages = ("vae", "latents", "transformer", "export")
+    stages = ("vae", "latents", "decoder", "transformer", "export")
     for stage in stages if options.stage == "all" else (options.stage,):
         if stage == "vae":
             train_autoencoder.train(options.folder, options.vae_steps)
         elif stage == "latents":
             for path in train_autoencoder.write_latents(options.folder, options.shards):
                 logger.info("wrote %s", path)
+        elif stage == "decoder":
+            train_autoencoder.polish_decoder(options.folder, options.decoder_steps)
         elif stage == "transformer":
             for record in train_denoiser.train(options.folder, recipe):
                 logger.info("%s", record)

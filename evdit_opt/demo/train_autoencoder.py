@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,6 +113,67 @@ def train(folder: Path, steps: int, batch: int = 2, save_every: int = 100) -> No
             )
 
 
+def polish_decoder(folder: Path, steps: int, save_every: int = 50) -> None:
+    """Train the decoder alone on stored, slightly noisy latents; the latents stay as they are.
+
+    So this may run beside the transformer stage. Continues from `folder`/decoder.pt.
+    """
+    autoencoder = load_autoencoder(folder)
+    trained = (autoencoder.post_quant_conv, autoencoder.decoder)
+    parameters = [p.requires_grad_() for module in trained for p in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
+    step, seconds = 0, 0.0
+    if state := checkpoint.load(folder / "decoder.pt"):
+        optimizer.load_state_dict(state["optimizer"])
+        step, seconds = state["step"], state["seconds"]
+    mean, std = _statistics(autoencoder)
+    started, losses = time.monotonic() - seconds, []
+    while step < steps:
+        random = np.random.default_rng((2, step))
+        torch.manual_seed(step)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1, (step + 1) / 20, 0.02 + 1.5 * (1 - step / steps))
+        shards = sorted((folder / "latents").glob("*.pt"))
+        shard = int(random.integers(len(shards)))
+        latents = checkpoint.load(shards[shard])["latents"]
+        row = int(random.integers(len(latents)))
+        # 12 of 20 latent rows and columns; clipping makes the true borders frequent
+        top, left = np.clip(random.integers(-4, 13, size=2), 0, 8)
+        window = latents[row : row + 1, :, :, top : top + 12, left : left + 12].float()
+        window = (window + 0.05 * torch.randn_like(window)) * std + mean
+        video = to_tensor(draw_clip(sample_clip(shard * len(latents) + row))[None])
+        target = video[..., 4 * top : 4 * top + 48, 4 * left : 4 * left + 48]
+        decoded = autoencoder.decode(window).sample
+        error = (decoded - target).abs().mean() + (decoded - target).square().mean()
+        optimizer.zero_grad()
+        error.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        losses.append(float(error.detach()))
+        step += 1
+        if step % save_every == 0 or step == steps:
+            seconds = time.monotonic() - started
+            record = {
+                "stage": "decoder",
+                "step": step,
+                "error": round(float(np.mean(losses)), 5),
+                "psnr": round(reconstruction_psnr(autoencoder, 2), 2),
+                "seconds": round(seconds),
+            }
+            losses.clear()
+            logger.info("%s", record)
+            checkpoint.append_line(folder / "log.jsonl", record)
+            checkpoint.save(
+                folder / "decoder.pt",
+                {
+                    "model": autoencoder.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step,
+                    "seconds": seconds,
+                },
+            )
+
+
 @torch.no_grad()
 def load_autoencoder(folder: Path, clips: int = 48) -> AutoencoderKLWan:
     """The trained autoencoder with the per-channel mean and std of its latents in the config."""
@@ -136,16 +196,25 @@ def load_autoencoder(folder: Path, clips: int = 48) -> AutoencoderKLWan:
         }
         checkpoint.save(folder / "statistics.pt", statistics)
     autoencoder = build_autoencoder(tuple(statistics["mean"]), tuple(statistics["std"]))
-    autoencoder.load_state_dict(state["model"])
+    polished = checkpoint.load(folder / "decoder.pt")  # same encoder, better decoder
+    autoencoder.load_state_dict((polished or state)["model"])
     return autoencoder.requires_grad_(False).eval()
+
+
+def _statistics(autoencoder: AutoencoderKLWan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and std of the latents, each [1, channels, 1, 1, 1]."""
+    config = autoencoder.config
+    return (
+        torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1),
+        torch.tensor(config.latents_std).view(1, -1, 1, 1, 1),
+    )
 
 
 @torch.no_grad()
 def encode(autoencoder: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
     """Normalised latents of [batch, 3, frames, height, width] in -1..1: what the denoiser sees."""
     latents = autoencoder.encode(video).latent_dist.mode()  # [batch, channels, frames, h, w]
-    mean = torch.tensor(autoencoder.config.latents_mean).view(1, -1, 1, 1, 1)
-    std = torch.tensor(autoencoder.config.latents_std).view(1, -1, 1, 1, 1)
+    mean, std = _statistics(autoencoder)
     return (latents - mean) / std
 
 
@@ -165,5 +234,4 @@ def write_latents(folder: Path, shards: int, per_shard: int = 64) -> Iterator[Pa
                 "captions": [clip.caption for clip in clips],
             },
         )
-        os.utime(path)
         yield path
