@@ -109,7 +109,8 @@ def static_region(video: Video, tolerance: float = STATIC_TOLERANCE) -> torch.Te
     A pixel is static if, in every frame, its luma is within ``tolerance`` of its median over time.
     """
     luma = _video(video) @ torch.tensor([0.2126, 0.7152, 0.0722], dtype=torch.float64)
-    return ((luma - luma.median(0).values).abs() <= tolerance).all(0)
+    median = torch.from_numpy(np.median(luma.numpy(), axis=0))  # torch's takes the lower of two
+    return ((luma - median).abs() <= tolerance).all(0)
 
 
 def flicker(video: Video, static: torch.Tensor | None = None) -> float:

@@ -17,6 +17,7 @@ __all__ = ["build", "dump", "parse", "shorten"]
 
 T = TypeVar("T")
 MAX_DIGITS = 25  # more than any 64-bit integer has; Python converts longer ones in quadratic time
+MAX_TEXT = 1000
 Pairs = tuple[tuple[str, str], ...]  # written as a JSON object
 
 
@@ -84,6 +85,8 @@ def build(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if type(value) is not hint:  # not isinstance: a bool is no int here
         _refuse(where, {int: "an integer", str: "a string", bool: "true or false"}[hint], value)
+    if hint is str and (len(value) > MAX_TEXT or not value.isprintable()):
+        _refuse(where, f"at most {MAX_TEXT} printable characters", value)
     return value
 
 

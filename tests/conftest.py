@@ -1,4 +1,4 @@
-"""What holds for every test: one thread a worker, repeatable examples, GPU tests only with a GPU."""
+"""What holds for every test: one thread a worker, repeatable examples, GPU tests only with one."""
 
 import os
 

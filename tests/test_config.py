@@ -1,0 +1,63 @@
+import dataclasses
+from typing import Any
+
+import pytest
+
+from evdit_opt.config import Config
+from evdit_opt.errors import CalibrationError
+
+
+def test_the_defaults_are_valid_and_frozen() -> None:
+    config = Config()
+    assert dataclasses.replace(config, threshold=0.2).threshold == 0.2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.threshold = 0.2  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        Config(0.1)  # type: ignore[misc]  # keywords only
+
+
+def test_every_field_is_documented() -> None:
+    for field in dataclasses.fields(Config):
+        assert f"\n        {field.name}: " in (Config.__doc__ or ""), field.name
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"threshold": -0.1},
+        {"threshold": float("nan")},
+        {"threshold": float("inf")},
+        {"threshold": True},
+        {"threshold": "0.1"},
+        {"density": 1.1},
+        {"references": ()},
+        {"references": [1, 2]},
+        {"references": (1, 1)},
+        {"references": (-1,)},
+        {"references": (1.0,)},
+        {"windows": (0, True)},
+        {"weightings": ("heavy",)},
+        {"spacings": ("random",)},
+        {"max_density": 1.1},
+        {"min_tokens": -1},
+        {"calib_steps": 0},
+        {"record_every": 0},
+        {"trial_prompts": 0},
+        {"verify_prompts": 1.5},
+        {"seed": None},
+        {"min_psnr": -1.0},
+        {"min_ssim": 1.5},
+        {"max_flicker_ratio": float("nan")},
+        {"max_distinct_rules": 0},
+        {"max_distinct_rules": 9},
+        {"inner": ""},
+        {"impl": "fastest"},
+        {"progress": 1},
+        {"pipe_kwargs": None},
+    ],
+    ids=str,
+)
+def test_a_bad_value_is_refused_by_name(arguments: dict[str, Any]) -> None:
+    (name,) = arguments
+    with pytest.raises(CalibrationError, match=rf"expected Config\.{name} to be .*, got"):
+        Config(**arguments)
