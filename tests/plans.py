@@ -1,0 +1,118 @@
+"""A plan to test with, and hypothesis strategies for any other."""
+
+from hypothesis import strategies as st
+
+from evdit_opt.grid import VideoGrid
+from evdit_opt.masks import MAX_FRAMES, Rule
+from evdit_opt.passes.grid_source import GridSource
+from evdit_opt.plan import CalibrationRecord, Plan, RuleEvidence, SiteLayout, SitePlan, SpeedRecord
+from evdit_opt.quality import Measured, QualityReport
+
+EVIDENCE = (
+    RuleEvidence(rule="1:7", density=0.34375, output=0.21, temporal=0.4),
+    RuleEvidence(rule="2:6", density=0.53125, output=0.08, temporal=0.2),
+)
+PLAN = Plan(
+    model_class="WanTransformer3DModel",
+    model_config_hash="6ac1",
+    sites=(
+        SitePlan(
+            name="blocks.0.attn1",
+            rule=Rule(2, weighting="balanced"),
+            reason="sparsest within the threshold",
+            layout=SiteLayout(),
+            density=0.53125,
+            errors=EVIDENCE,
+        ),
+        SitePlan(
+            name="blocks.1.attn1",
+            rule=None,
+            reason="no candidate within the threshold",
+            layout=SiteLayout(suffix=77),
+            density=1.0,
+        ),
+    ),
+    grid=VideoGrid(8, 4, 5),
+    grid_source=GridSource(kind="patch", input="hidden_states", patch=(1, 2, 2), dims=(2, 3, 4)),
+    min_tokens=64,
+    fullgraph=True,
+    calibration=CalibrationRecord(
+        prompts_hash="9f86d0", prompt_count=6, steps=8, seed=3, threshold=0.1
+    ),
+    quality=QualityReport(
+        clips=2,
+        psnr=Measured(mean=31.5, stderr=0.4),
+        ssim=Measured(mean=0.93, stderr=0.01),
+        flicker_ratio=Measured(mean=1.1, stderr=None),
+        motion_consistency=Measured(mean=0.97, stderr=0.002),
+    ),
+    speed=SpeedRecord(dense_ms=12.0, optimized_ms=5.0, device="cpu"),
+    versions=(("diffusers", "0.42.1"), ("torch", "2.13.0")),
+)
+TEXT = PLAN.to_json()
+
+words = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=20)
+fractions = st.floats(0, 1, allow_nan=False)
+rules = st.builds(
+    Rule,
+    references=st.integers(0, MAX_FRAMES),
+    window=st.integers(0, MAX_FRAMES),
+    weighting=st.sampled_from(["none", "balanced"]),
+    spacing=st.sampled_from(["paper", "centred"]),
+)
+layouts = st.builds(SiteLayout, prefix=st.integers(0, 600), suffix=st.integers(0, 600))
+evidence = st.builds(
+    RuleEvidence, rule=words, density=fractions, output=st.floats(0, 9), temporal=fractions
+)
+evidences = st.lists(evidence, max_size=3).map(tuple)
+sparse_sites = st.builds(
+    SitePlan,
+    name=words,
+    rule=rules,
+    reason=words,
+    layout=layouts,
+    density=fractions,
+    errors=evidences,
+)
+dense_sites = st.builds(
+    SitePlan,
+    name=words,
+    rule=st.none(),
+    reason=words,
+    layout=layouts,
+    density=st.just(1.0),
+    errors=evidences,
+)
+measured = st.builds(Measured, mean=st.floats(-9, 99), stderr=st.none() | fractions)
+plans = st.builds(
+    Plan,
+    model_class=words,
+    model_config_hash=words,
+    sites=st.lists(
+        sparse_sites | dense_sites, min_size=1, max_size=5, unique_by=lambda site: site.name
+    ).map(tuple),
+    grid=st.builds(VideoGrid, *[st.integers(1, 512)] * 3),
+    grid_source=st.just(PLAN.grid_source),
+    min_tokens=st.integers(0, 2**31 - 1),
+    fullgraph=st.booleans(),
+    calibration=st.builds(
+        CalibrationRecord,
+        prompts_hash=words,
+        prompt_count=st.integers(1, 99),
+        steps=st.integers(1, 99),
+        seed=st.integers(0, 2**63 - 1),
+        threshold=st.floats(0, 9),
+    ),
+    quality=st.none()
+    | st.builds(
+        QualityReport,
+        clips=st.integers(1, 9),
+        psnr=measured,
+        ssim=measured,
+        flicker_ratio=st.none() | measured,
+        motion_consistency=measured,
+    ),
+    speed=st.none() | st.just(PLAN.speed),
+    versions=st.dictionaries(words, words, max_size=4).map(lambda d: tuple(sorted(d.items()))),
+    schema_version=st.just(1),
+)
