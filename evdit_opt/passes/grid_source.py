@@ -1,11 +1,16 @@
 """Where a forward's video grid is read from: ``GridSource``."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from evdit_opt.errors import LayoutError
+from evdit_opt.grid import VideoGrid
 
-__all__ = ["GridSource"]
+__all__ = ["GRID_ARGUMENTS", "GridSource"]
+
+GRID_ARGUMENTS = ("num_frames", "height", "width")
+"""How models that take tokens are told the latent grid (LTX-Video)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,3 +44,46 @@ class GridSource:
             raise LayoutError(f"expected patch sizes in 1..1024, got {self.patch}")
         if not all(0 <= dim <= 8 for dim in self.dims) or len(set(self.dims)) != 3:
             raise LayoutError(f"expected three different dims in 0..8, got {self.dims}")
+
+    def sizes(self, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Frames, height and width in tokens; Dynamo traces this, so they may be symbolic.
+
+        Args:
+            arguments: the arguments of the model's forward by name.
+
+        Raises:
+            LayoutError: if an argument is missing or has too few dimensions.
+        """
+        if self.kind == "arguments":
+            video = [arguments.get(name) for name in GRID_ARGUMENTS]
+            if any(size is None for size in video):
+                raise LayoutError(
+                    f"expected the arguments {', '.join(GRID_ARGUMENTS)} in this forward, got "
+                    f"{', '.join(arguments)}; pass them, the token grid cannot be known otherwise"
+                )
+        else:
+            latent = arguments.get(self.input)
+            if latent is None or latent.ndim <= max(self.dims):
+                raise LayoutError(
+                    f"expected the video in argument {self.input!r} with more than {max(self.dims)} "
+                    "dimensions; call the model as it was called in calibration"
+                )
+            video = [latent.shape[dim] for dim in self.dims]
+        frames, height, width = (
+            size // patch for size, patch in zip(video, self.patch, strict=True)
+        )
+        return frames, height, width
+
+    def read(self, arguments: Mapping[str, Any]) -> VideoGrid:
+        """The grid of one forward, from its arguments by name.
+
+        Raises:
+            LayoutError: as :meth:`sizes`, or if the video is smaller than one patch.
+        """
+        frames, height, width = (int(size) for size in self.sizes(arguments))
+        if min(frames, height, width) < 1:
+            raise LayoutError(
+                f"expected at least one patch of {self.patch} in the video, got a grid of "
+                f"{(frames, height, width)}"
+            )
+        return VideoGrid(frames, height, width)

@@ -1,0 +1,216 @@
+"""Apply a plan to a model, in place, and take it off again."""
+
+import inspect
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+
+from evdit_opt.backend import Inner, Options, compile_graph
+from evdit_opt.errors import AlreadyOptimizedError, PlanMismatchError, UnsupportedInputError
+from evdit_opt.passes.marks import RootMark, SiteSpec, add_marks
+from evdit_opt.passes.swap_attention import SiteOutcome
+from evdit_opt.plan import Plan
+from evdit_opt.report import Report
+
+__all__ = ["apply_plan", "is_optimized", "report", "restore"]
+
+logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+RECOMPILE_LIMIT = 64
+"""Graphs per frame: layers that share one frame need one per distinct rule, times the shapes seen."""
+
+
+@dataclass
+class Applied(RootMark):
+    """The one attribute on an optimized model: its marks, its plan, what was compiled."""
+
+    plan: Plan | None = None
+    inner: str = "inductor"
+    impl: str = "auto"
+    previous_call: Callable[..., Any] | None = None
+    compiled: dict[str, SiteOutcome] = field(default_factory=dict)
+    graphs: int = 0
+
+
+def apply_plan(
+    model: Model,
+    plan: Plan,
+    *,
+    inner: Inner = "inductor",
+    impl: str = "auto",
+    fullgraph: bool | None = None,
+    dynamic: bool | None = False,
+    inductor_options: Mapping[str, Any] | None = None,
+) -> Model:
+    """Compile ``model`` in place with the plan's sparse attention; weights and class stay as they are.
+
+    Compilation happens at the first call. A planned site that cannot be rewritten then raises, as
+    ``torch._dynamo.exc.BackendCompilerFailed`` with the :class:`PlanMismatchError` in
+    ``inner_exception``.
+
+    Args:
+        model: the denoiser.
+        plan: made for this model by ``make_plan``.
+        inner: what compiles the rewritten graph; see :class:`evdit_opt.backend.Options`.
+        impl: implementation of the sparse attention.
+        fullgraph: insist on one graph; None: as it was in calibration.
+        dynamic: as in ``torch.compile``; False compiles once for every resolution and frame count.
+        inductor_options: passed on to Inductor.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AlreadyOptimizedError: if a plan is applied already.
+        PlanMismatchError: if the plan is for another class, or names modules the model lacks.
+        UnsupportedInputError: if the model is compiled already in a way that cannot be combined.
+    """
+    _require_plain(model)
+    if is_optimized(model):
+        raise AlreadyOptimizedError(
+            f"expected a {type(model).__name__} without a plan, this one has one; call "
+            "evdit_opt.restore(model) first"
+        )
+    if plan.model_class != type(model).__name__:
+        raise PlanMismatchError(
+            f"expected a {plan.model_class}, got a {type(model).__name__}; load the plan of this model "
+            "or make one with evdit_opt.make_plan"
+        )
+    whole = plan.fullgraph if fullgraph is None else fullgraph
+    _require_no_compiled_parts(model, whole)
+    options = Options(inner=inner, inductor=inductor_options or {}, impl=impl)
+    marks = add_marks(model, _specs(plan), plan.grid_source if plan.rules else None)
+    applied = Applied(
+        **vars(marks),
+        plan=plan,
+        inner=options.inner_name,
+        impl=impl,
+        previous_call=model._compiled_call_impl,
+    )
+    model._evdit = applied  # type: ignore[assignment]
+    if not plan.rules:
+        logger.warning("this plan leaves every site dense; %s is compiled dense", plan.model_class)
+    model.compile(
+        backend=_Backend(model, options), fullgraph=whole, dynamic=dynamic, **_own_cache()
+    )
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo :func:`apply_plan`: hooks, attributes and compiled code are gone, results are exact again.
+
+    Raises:
+        PlanMismatchError: if no plan is applied.
+    """
+    applied = _applied(model)
+    applied.remove()
+    model._compiled_call_impl = applied.previous_call
+    del model._evdit
+    return model
+
+
+def is_optimized(model: nn.Module) -> bool:
+    """True if a plan is applied to ``model``."""
+    return hasattr(model, "_evdit")
+
+
+def report(model: nn.Module) -> Report:
+    """What the compiles so far did to each site; the latest one counts where shapes differ.
+
+    Raises:
+        PlanMismatchError: if no plan is applied.
+    """
+    applied = _applied(model)
+    assert applied.plan is not None
+    sites = []
+    for site in applied.plan.sites:
+        planned_dense = SiteOutcome(site.name, None, 1.0, site.reason)
+        waiting = SiteOutcome(site.name, site.rule, 1.0, _not_compiled(applied.graphs))
+        sites.append(
+            planned_dense if site.rule is None else applied.compiled.get(site.name, waiting)
+        )
+    return Report(tuple(sites), applied.graphs, applied.inner, applied.impl)
+
+
+class _Backend:
+    """What Dynamo calls with every graph of an optimized model."""
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        self.model = weakref.ref(model)
+        self.options = options
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        model = self.model()
+        assert model is not None, "a model cannot compile after it is gone"
+        names = {id(module): name for name, module in model.named_modules()}
+        compiled, done = compile_graph(gm, example_inputs, self.options, names)
+        applied = _applied(model)
+        applied.graphs += 1
+        applied.compiled.update({site.name: site for site in done.sites})
+        return compiled
+
+
+def _specs(plan: Plan) -> dict[str, str]:
+    return {
+        site.name: SiteSpec(
+            site.rule, site.layout.prefix, site.layout.suffix, plan.min_tokens
+        ).encode()
+        for site in plan.sites
+        if site.rule is not None
+    }
+
+
+def _own_cache() -> dict[str, Any]:
+    # Dynamo counts recompiles per code object, and every module compiled in place has the same one,
+    # Module._call_impl: without a cache of its own the ninth model or plan of a process fails.
+    wanted = {"isolate_recompiles": True, "recompile_limit": RECOMPILE_LIMIT}
+    known = inspect.signature(torch.compile).parameters
+    return {name: value for name, value in wanted.items() if name in known}
+
+
+def _applied(model: nn.Module) -> Applied:
+    applied: Any = getattr(model, "_evdit", None)
+    if not isinstance(applied, Applied):
+        raise PlanMismatchError(
+            f"expected a {type(model).__name__} with a plan applied, got one without; call "
+            "evdit_opt.apply_plan(model, plan) first"
+        )
+    return applied
+
+
+def _require_plain(model: object) -> None:
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise UnsupportedInputError(
+            "expected the model itself, got what torch.compile made of it; pass the original module "
+            "(model._orig_mod), apply_plan compiles it"
+        )
+    if not isinstance(model, nn.Module):
+        raise UnsupportedInputError(f"expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def _require_no_compiled_parts(model: nn.Module, fullgraph: bool) -> None:
+    # Where the graph breaks, a part compiled earlier would go on running its old, dense code.
+    parts = [
+        name
+        for name, module in model.named_modules()
+        if name
+        and (module._compiled_call_impl or isinstance(module, torch._dynamo.OptimizedModule))
+    ]
+    if parts and not fullgraph:
+        raise UnsupportedInputError(
+            f"expected no compiled parts in a model that breaks Dynamo's graph, got {parts[0]}; load the "
+            "model without compiling its blocks, apply_plan compiles them"
+        )
+
+
+def _not_compiled(graphs: int) -> str:
+    if not graphs:
+        return "not compiled yet: call the model once"
+    return "compiled in a graph it shares with another site, or not reached yet"

@@ -1,0 +1,239 @@
+"""Give every marked site its sparse attention."""
+
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from evdit_opt.errors import LayoutError, PlanMismatchError
+from evdit_opt.masks import Rule
+from evdit_opt.passes.graph import (
+    SDPA,
+    Attention,
+    is_attention,
+    layer_fqn,
+    read_attention,
+    subgraphs,
+    value_of,
+    walk_back,
+)
+from evdit_opt.passes.marks import MARK, SiteSpec
+
+__all__ = ["SiteOutcome", "match_marks", "swap_attention"]
+
+
+@dataclass(frozen=True)
+class SiteOutcome:
+    """What became of a site in one compiled graph.
+
+    Attributes:
+        name: module path of the site.
+        rule: the rule asked for; None: the plan leaves the site dense.
+        density: kept / all tiles; 1 if it stayed dense.
+        reason: why it stayed dense; empty if it was rewritten.
+    """
+
+    name: str
+    rule: Rule | None
+    density: float
+    reason: str = ""
+
+
+def swap_attention(
+    gm: fx.GraphModule, names: Mapping[int, str] | None, impl: str
+) -> list[SiteOutcome]:
+    """Replace the attention of every marked site, and take the marks out.
+
+    before:  x' = evdit.mark(x, "2 0 none paper 0 77 0", frames, tokens_per_frame)
+             out = scaled_dot_product_attention(q(x'), k(x'), v(x'))
+    after:   out, lse = evdit.tile_attention(q(x), k(x), v(x), mask, intervals, log_weights, ...)
+
+    Only an attention whose q, k and v all come from one and the same mark, and from no other, is the
+    site's: that leaves the cross-attention of a marked module alone. Short sequences, and clips with
+    so few frames that the rule keeps every tile, stay dense, with the reason.
+
+    Args:
+        gm: Dynamo's graph; edited in place, subgraphs included.
+        names: ``id(module) -> path`` of the model, for messages.
+        impl: implementation of the operator.
+
+    Raises:
+        PlanMismatchError: if a mark has no attention it could be applied to; names the site.
+        LayoutError: if the sequence does not fit the grid and the text of the plan.
+    """
+    import evdit_opt.kernels.ops  # noqa: F401  (registers the operator)
+
+    outcomes = []
+    for body in subgraphs(gm):
+        for mark, calls in match_marks(body.graph):
+            name = layer_fqn(mark, names) or "a site whose name Dynamo lost"
+            if not calls:
+                raise PlanMismatchError(_nothing_to_rewrite(name, body.graph))
+            for number, call in enumerate(calls):
+                outcome = _rewrite(call, mark, name, impl)
+                if number == 0:
+                    outcomes.append(outcome)
+            mark.replace_all_uses_with(mark.args[0])
+            body.graph.erase_node(mark)
+        body.recompile()
+    return outcomes
+
+
+def match_marks(graph: fx.Graph) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
+    """Every mark of ``graph`` with the SDPA calls that are its own, in graph order."""
+    own: dict[fx.Node, list[fx.Node]] = {
+        mark: [] for mark in graph.find_nodes(op="call_function", target=MARK)
+    }
+    if own:
+        for call in graph.find_nodes(op="call_function", target=SDPA):
+            attention = read_attention(call)
+            sources = [_marks_behind(x) for x in (attention.q, attention.k, attention.v)]
+            if len(sources[0]) == 1 and sources[0] == sources[1] == sources[2]:
+                own[next(iter(sources[0]))].append(call)
+    yield from own.items()
+
+
+def _marks_behind(node: fx.Node) -> set[fx.Node]:
+    def stop(seen: fx.Node) -> bool:
+        return seen.target is MARK or is_attention(seen)
+
+    return {found for found in walk_back([node], stop) if found.target is MARK}
+
+
+def _nothing_to_rewrite(name: str, graph: fx.Graph) -> str:
+    attentions = sum(is_attention(node) for node in graph.nodes)
+    return (
+        f"expected {name} to compute its attention from its own hidden states in the graph Dynamo "
+        f"made, found no such attention among the {attentions} in this graph; the site was not "
+        "rewritten. Its forward breaks the graph before the attention, or takes q, k or v from "
+        "elsewhere: set this site's rule to null in the plan to leave it dense"
+    )
+
+
+def _rewrite(call: fx.Node, mark: fx.Node, name: str, impl: str) -> SiteOutcome:
+    spec = SiteSpec.decode(mark.args[1])  # type: ignore[arg-type]
+    # The structure of the mask is static: a symbolic frame count is guarded to this value here.
+    frames = int(value_of(mark.args[2]))
+    attention = read_attention(call)
+    problem = _cannot_keep(attention)
+    if problem:
+        raise PlanMismatchError(
+            f"expected at {name} an attention that can be made sparse, got {problem}; set this site's "
+            "rule to null in the plan to leave it dense"
+        )
+    mask = spec.rule.mask(frames)
+    reason = _too_short(attention, frames, mark.args[3], spec.min_tokens)
+    if mask.is_dense:
+        reason = f"rule {spec.rule.describe()} keeps every tile of {frames} frames"
+    if reason:
+        return SiteOutcome(name, spec.rule, 1.0, reason)
+
+    graph = call.graph
+    intervals, log_weights = mask.segments()
+    target = torch.ops.evdit.tile_attention.default
+    with graph.inserting_before(call):
+        prefix, suffix = _text_tokens(graph, attention.q, frames, mark.args[3], spec, name)
+        arguments = (
+            attention.q,
+            attention.k,
+            attention.v,
+            attention.attn_mask,
+            list(intervals),
+            list(log_weights),
+            frames,
+            mark.args[3],
+            prefix,
+            suffix,
+            attention.scale,
+            impl,
+        )
+        both = _call(graph, target, arguments, call)
+        out = _call(graph, operator.getitem, (both, 0), call)
+    call.replace_all_uses_with(out)
+    graph.erase_node(call)
+    return SiteOutcome(name, spec.rule, mask.density)
+
+
+def _cannot_keep(attention: Attention) -> str:
+    """Why the operator cannot compute this attention; empty if it can."""
+    q, k, v = (value_of(x) for x in (attention.q, attention.k, attention.v))
+    if attention.is_causal:
+        return "a causal one"
+    if attention.dropout_p:
+        return f"one with dropout {attention.dropout_p}"
+    if q.ndim != 4:
+        return f"q with {q.ndim} dimensions instead of [batch, heads, seq, head_dim]"
+    if v.shape[3] != q.shape[3]:
+        return f"head_dim {v.shape[3]} for v and {q.shape[3]} for q"
+    if attention.attn_mask is not None:
+        mask = value_of(attention.attn_mask)
+        if mask.ndim != 4 or mask.shape[2] != 1:
+            return (
+                f"an attention mask of shape {tuple(mask.shape)}, which may hide different keys from "
+                "different queries (only [batch, heads, 1, seq] is understood)"
+            )
+    return ""
+
+
+def _too_short(attention: Attention, frames: int, tokens: Any, min_tokens: int) -> str:
+    length = value_of(attention.q).shape[2]
+    if isinstance(length, torch.SymInt) and not length.node.has_hint():
+        length = frames * value_of(tokens)  # text of a length known only at run time is not counted
+    if length < min_tokens:
+        return f"{int(length)} tokens, the plan is for at least {min_tokens}"
+    return ""
+
+
+def _text_tokens(
+    graph: fx.Graph, q: fx.Node, frames: int, tokens: Any, spec: SiteSpec, name: str
+) -> tuple[Any, Any]:
+    """Text tokens before and after the video of this forward, as numbers or nodes.
+
+    What is longer than the video is text, and lies where it lay in calibration.
+    """
+    length = value_of(q).shape[2]
+    video = frames * value_of(tokens)
+    text = length - video
+    calibrated = (
+        f"a video of {frames} x {value_of(tokens)} tokens after {spec.prefix} and before {spec.suffix} "
+        "text tokens, as in calibration"
+    )
+    got = f"expected at {name} {calibrated}, got a sequence of {length}; calibrate for this call again"
+    if not spec.prefix and not spec.suffix:
+        if text != 0:
+            raise LayoutError(got)
+        return 0, 0
+    if spec.prefix and spec.suffix:
+        if text != spec.prefix + spec.suffix:
+            raise LayoutError(got)
+        return spec.prefix, spec.suffix
+    if isinstance(text, torch.SymInt):
+        text = _symbolic_text(graph, q, frames, tokens)
+    elif text < 0:
+        raise LayoutError(got)
+    return (text, 0) if spec.prefix else (0, text)
+
+
+def _symbolic_text(graph: fx.Graph, q: fx.Node, frames: int, tokens: Any) -> fx.Node:
+    """Nodes for ``q.shape[2] - frames * tokens``."""
+    length = _call(graph, torch.ops.aten.sym_size.int, (q, 2), q)
+    video = frames * tokens
+    if isinstance(tokens, fx.Node):
+        video = _call(graph, operator.mul, (frames, tokens), q)
+    return _call(graph, operator.sub, (length, video), q)
+
+
+def _call(graph: fx.Graph, target: Any, arguments: tuple[Any, ...], like: fx.Node) -> fx.Node:
+    """A new call with its example value, and the module stack of ``like``."""
+    node = graph.call_function(target, arguments)
+    values = map_arg(arguments, value_of)
+    # Metadata only, with whatever fake mode Dynamo's example values carry.
+    node.meta["example_value"] = target(*values)
+    for key in ("nn_module_stack", "stack_trace"):
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+    return node

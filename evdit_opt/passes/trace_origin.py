@@ -1,0 +1,82 @@
+"""Where q, k and v come from: the hidden states that the first linears behind them project."""
+
+import operator
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from evdit_opt.passes.graph import is_attention, tensor_inputs, walk_back
+
+__all__ = ["Origin", "common_origin", "is_parameter", "trace_origin"]
+
+PROJECTIONS = frozenset(
+    {F.linear, torch.addmm, torch.matmul, operator.matmul, torch.conv1d, torch.conv2d, torch.conv3d}
+)
+
+
+class Origin:
+    """The hidden states behind a tensor, and the projections that read them.
+
+    Attributes:
+        projections: per hidden state, the linears (or convolutions) that take it.
+    """
+
+    def __init__(self, node: fx.Node) -> None:
+        self.projections: dict[fx.Node, list[fx.Node]] = {}
+
+        def stop(seen: fx.Node) -> bool:
+            return is_attention(seen) or _projected(seen) is not None
+
+        for seen in walk_back([node], stop):
+            source = seen if is_attention(seen) else _projected(seen)
+            if source is not None:
+                self.projections.setdefault(source, []).append(seen)
+
+    @property
+    def roots(self) -> frozenset[fx.Node]:
+        """The hidden states."""
+        return frozenset(self.projections)
+
+
+def trace_origin(node: fx.Node) -> Origin:
+    """Walk back from ``node`` to the inputs of the first projections, or to another attention.
+
+    q = rope(norm(linear(x, w) + linear(linear(x, a), b)))  has the roots  {x, linear(x, a)}
+    """
+    return Origin(node)
+
+
+def common_origin(origins: Iterable[Origin]) -> list[fx.Node]:
+    """Hidden states that all of ``origins`` share, in the order of the first."""
+    first, *others = origins
+    return [
+        root for root in first.projections if all(root in other.projections for other in others)
+    ]
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """True for weights and buffers of the model, which Dynamo passes as inputs too."""
+    if node.op == "get_attr":
+        return True
+    if node.op != "placeholder":
+        return False
+    named = "_parameters_" in str(node.target) or "_buffers_" in str(node.target)
+    return named or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
+
+
+def _projected(node: fx.Node) -> fx.Node | None:
+    """The activation that a projection reads; None if ``node`` is no projection."""
+    if node.op == "call_module":
+        inputs = tensor_inputs(node)
+        return inputs[0] if len(inputs) == 1 else None
+    if node.op != "call_function" or node.target not in PROJECTIONS:
+        return None
+    activations = [x for x in tensor_inputs(node) if not is_parameter(x)]
+    # A product of two activations (rotary embeddings, ...) is no projection. A weight may be computed
+    # (merged adapters, dequantisation), so F.linear's first argument always counts.
+    if node.target is F.linear:
+        first = node.args[0] if node.args else node.kwargs["input"]
+        return first if isinstance(first, fx.Node) else None
+    return activations[0] if len(activations) == 1 else None

@@ -1,0 +1,48 @@
+"""What one compile did: ``Report``."""
+
+from dataclasses import dataclass
+
+from evdit_opt.passes.swap_attention import SiteOutcome
+
+__all__ = ["Report"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What happened to the sites of a model.
+
+    Attributes:
+        sites: one entry per site that was compiled, or is dense by plan.
+        graphs: graphs compiled; more than one means the model broke Dynamo's graph, or saw several
+            shapes.
+        inner: the backend that compiled the rewritten graph.
+        impl: implementation of the sparse attention asked for.
+    """
+
+    sites: tuple[SiteOutcome, ...]
+    graphs: int
+    inner: str
+    impl: str
+
+    @property
+    def rewritten(self) -> tuple[str, ...]:
+        """Names of the sites that run sparse."""
+        return tuple(site.name for site in self.sites if not site.reason)
+
+    @property
+    def dense(self) -> dict[str, str]:
+        """The reason of every site that runs dense."""
+        return {site.name: site.reason for site in self.sites if site.reason}
+
+    def show(self) -> str:
+        """The report as text."""
+        lines = [
+            f"{len(self.rewritten)} of {len(self.sites)} sites sparse, {self.graphs} graphs compiled "
+            f"by {self.inner}, implementation {self.impl}"
+        ]
+        width = max((len(site.name) for site in self.sites), default=0)
+        for site in self.sites:
+            rule = "dense" if site.rule is None else site.rule.describe()
+            text = f"dense: {site.reason}" if site.reason else f"{rule}, density {site.density:.3f}"
+            lines.append(f"  {site.name:<{width}}  {text}")
+        return "\n".join(lines)
