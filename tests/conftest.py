@@ -6,6 +6,10 @@ import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Read when triton is first imported, by Inductor perhaps: kernels then run on the CPU, slowly.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The same examples on every run: a red test stays red until it is fixed.
 hypothesis.settings.register_profile(
     "repeatable", derandomize=True, deadline=None, max_examples=100, print_blob=True
