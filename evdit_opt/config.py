@@ -7,6 +7,7 @@ from typing import Any
 
 from evdit_opt.errors import CalibrationError
 from evdit_opt.masks import Spacing, Weighting
+from evdit_opt.quality import QualityReport
 
 __all__ = ["Config"]
 
@@ -21,6 +22,8 @@ class Config:
         threshold: r of Algorithm 1: the largest relative error of a site's attention output,
             ``||sparse - dense|| / ||dense||``, at which a rule is accepted. No unit. Larger is
             faster and further from the dense video.
+        density: kept share of token pairs, mean over sites, 0 to 1, to search for instead: the
+            threshold is then the smallest that reaches it. None: ``threshold`` decides.
         references: numbers of reference frames k to try.
         windows: numbers of frames kept on each side of the diagonal to try.
         weightings: how kept reference tiles are weighted, see ``Rule.weighting``.
@@ -30,6 +33,8 @@ class Config:
             sequences is not where the time goes.
         calib_steps: denoising steps of every calibration and verification run.
         record_every: every how many denoiser forwards of a run errors are measured.
+        trial_prompts: how many calibration prompts (or calls) every candidate plan is run on, end
+            to end, to choose between weightings and between searched and uniform masks.
         verify_prompts: how many of the given prompts (the last ones) are kept from the search, to
             measure quality on. 0 skips verification, and the plan then carries no quality.
         seed: seed of the first run's noise; run n uses ``seed + n``.
@@ -51,6 +56,7 @@ class Config:
     """
 
     threshold: float = 0.1
+    density: float | None = None
     references: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8, 12)
     windows: tuple[int, ...] = (0, 1, 2)
     weightings: tuple[Weighting, ...] = ("none", "balanced")
@@ -59,6 +65,7 @@ class Config:
     min_tokens: int = 256
     calib_steps: int = 8
     record_every: int = 1
+    trial_prompts: int = 2
     verify_prompts: int = 2
     seed: int = 0
     min_psnr: float | None = None
@@ -84,9 +91,11 @@ class Config:
                 _require_one_of(name, value, allowed)
         for name in ("min_tokens", "verify_prompts", "seed"):
             _require_int(name, getattr(self, name), 0)
-        for name in ("calib_steps", "record_every"):
+        for name in ("calib_steps", "record_every", "trial_prompts"):
             _require_int(name, getattr(self, name), 1)
         _require_int("max_distinct_rules", self.max_distinct_rules, 1, 8)
+        if self.density is not None:
+            _require_number("density", self.density, 0.0, 1.0)
         if self.min_psnr is not None:
             _require_number("min_psnr", self.min_psnr, 0.0)
         if self.min_ssim is not None:
@@ -100,6 +109,21 @@ class Config:
             raise _wrong("progress", "True or False", self.progress)
         if not isinstance(self.pipe_kwargs, Mapping):
             raise _wrong("pipe_kwargs", "a dict of pipeline arguments", self.pipe_kwargs)
+
+    def missed_floors(self, quality: QualityReport | None) -> tuple[str, ...]:
+        """Which quality bounds held-out clips miss, in words; none if there is nothing to judge."""
+        if quality is None:
+            return ()
+        missed = []
+        if self.min_psnr is not None and quality.psnr.mean < self.min_psnr:
+            missed.append(f"PSNR {quality.psnr.mean:.2f} dB, floor {self.min_psnr} dB")
+        if self.min_ssim is not None and quality.ssim.mean < self.min_ssim:
+            missed.append(f"SSIM {quality.ssim.mean:.4f}, floor {self.min_ssim}")
+        flicker = quality.flicker_ratio
+        bound = self.max_flicker_ratio
+        if bound is not None and flicker is not None and flicker.mean > bound:
+            missed.append(f"flicker {flicker.mean:.2f} x dense, bound {bound}")
+        return tuple(missed)
 
 
 def _wrong(name: str, expected: str, value: object) -> CalibrationError:

@@ -15,6 +15,7 @@ __all__ = [
     "PlanError",
     "PlanMismatchError",
     "PlanNotFoundError",
+    "QualityFloorError",
     "UnsupportedInputError",
 ]
 
@@ -65,3 +66,15 @@ class CalibrationError(EvditError, ValueError):
 
 class NonFiniteOutputError(CalibrationError):
     """The model produced NaN or infinity during calibration or verification."""
+
+
+class QualityFloorError(CalibrationError):
+    """No plan within the quality floor was found.
+
+    Attributes:
+        plan: the best plan found.
+    """
+
+    def __init__(self, message: str, plan: object) -> None:
+        super().__init__(message)
+        self.plan = plan

@@ -25,6 +25,7 @@ from evdit_opt.plan_records import (
     SiteLayout,
     SitePlan,
     SpeedRecord,
+    TrialRecord,
     require_int,
     require_text,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "SiteLayout",
     "SitePlan",
     "SpeedRecord",
+    "TrialRecord",
 ]
 
 SCHEMA_VERSION = 1

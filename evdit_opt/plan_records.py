@@ -14,6 +14,7 @@ __all__ = [
     "SiteLayout",
     "SitePlan",
     "SpeedRecord",
+    "TrialRecord",
     "require_int",
     "require_number",
     "require_text",
@@ -91,6 +92,29 @@ class SitePlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TrialRecord:
+    """What a plan did to whole calibration runs, compared with the dense runs of the same seeds.
+
+    Attributes:
+        name: which plan: its weighting, and whether one rule serves all sites.
+        density: mean density over sites.
+        output: ``||sparse - dense|| / ||dense||`` of the video (pipeline) or output (module).
+        temporal: the same for its change from frame to frame; trials are ranked by it.
+    """
+
+    name: str
+    density: float
+    output: float
+    temporal: float
+
+    def __post_init__(self) -> None:
+        require_text("name", self.name, 100)
+        require_number("density", self.density, 0.0, 1.0)
+        require_number("output", self.output, 0.0)
+        require_number("temporal", self.temporal, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CalibrationRecord:
     """How a plan was found.
 
@@ -100,6 +124,9 @@ class CalibrationRecord:
         steps: denoising steps of every run.
         seed: seed of the first run.
         threshold: r of Algorithm 1 that gave the chosen rules.
+        trials: plans of about equal density that were run end to end, the chosen one first.
+        held_out_error: relative error of what held-out runs returned, video (pipeline) or output
+            (module); None if none were held out.
     """
 
     prompts_hash: str
@@ -107,6 +134,8 @@ class CalibrationRecord:
     steps: int
     seed: int
     threshold: float
+    trials: tuple[TrialRecord, ...] = ()
+    held_out_error: float | None = None
 
     def __post_init__(self) -> None:
         require_text("prompts_hash", self.prompts_hash, 128)
@@ -114,6 +143,8 @@ class CalibrationRecord:
         require_int("steps", self.steps, 1, MAX_TOKENS)
         require_int("seed", self.seed, 0, 2**63 - 1)
         require_number("threshold", self.threshold, 0.0)
+        if self.held_out_error is not None:
+            require_number("held_out_error", self.held_out_error, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,15 @@ from hypothesis import strategies as st
 from evdit_opt.grid import VideoGrid
 from evdit_opt.masks import MAX_FRAMES, Rule
 from evdit_opt.passes.grid_source import GridSource
-from evdit_opt.plan import CalibrationRecord, Plan, RuleEvidence, SiteLayout, SitePlan, SpeedRecord
+from evdit_opt.plan import (
+    CalibrationRecord,
+    Plan,
+    RuleEvidence,
+    SiteLayout,
+    SitePlan,
+    SpeedRecord,
+    TrialRecord,
+)
 from evdit_opt.quality import Measured, QualityReport
 
 EVIDENCE = (
@@ -37,7 +45,13 @@ PLAN = Plan(
     min_tokens=64,
     fullgraph=True,
     calibration=CalibrationRecord(
-        prompts_hash="9f86d0", prompt_count=6, steps=8, seed=3, threshold=0.1
+        prompts_hash="9f86d0",
+        prompt_count=6,
+        steps=8,
+        seed=3,
+        threshold=0.1,
+        trials=(TrialRecord(name="searched, balanced", density=0.77, output=0.1, temporal=0.3),),
+        held_out_error=0.11,
     ),
     quality=QualityReport(
         clips=2,
@@ -83,6 +97,7 @@ dense_sites = st.builds(
     density=st.just(1.0),
     errors=evidences,
 )
+trials = st.builds(TrialRecord, name=words, density=fractions, output=fractions, temporal=fractions)
 measured = st.builds(Measured, mean=st.floats(-9, 99), stderr=st.none() | fractions)
 plans = st.builds(
     Plan,
@@ -102,6 +117,8 @@ plans = st.builds(
         steps=st.integers(1, 99),
         seed=st.integers(0, 2**63 - 1),
         threshold=st.floats(0, 9),
+        trials=st.lists(trials, max_size=2).map(tuple),
+        held_out_error=st.none() | fractions,
     ),
     quality=st.none()
     | st.builds(

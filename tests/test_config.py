@@ -5,6 +5,7 @@ import pytest
 
 from evdit_opt.config import Config
 from evdit_opt.errors import CalibrationError
+from evdit_opt.quality import Measured, QualityReport
 
 
 def test_the_defaults_are_valid_and_frozen() -> None:
@@ -61,3 +62,24 @@ def test_a_bad_value_is_refused_by_name(arguments: dict[str, Any]) -> None:
     (name,) = arguments
     with pytest.raises(CalibrationError, match=rf"expected Config\.{name} to be .*, got"):
         Config(**arguments)
+
+
+def report(psnr: float, ssim: float, flicker_ratio: float | None) -> QualityReport:
+    flicker = None if flicker_ratio is None else Measured(mean=flicker_ratio, stderr=None)
+    return QualityReport(
+        clips=1,
+        psnr=Measured(mean=psnr, stderr=None),
+        ssim=Measured(mean=ssim, stderr=None),
+        flicker_ratio=flicker,
+        motion_consistency=Measured(mean=1.0, stderr=None),
+    )
+
+
+def test_missed_floors_are_named() -> None:
+    config = Config(min_psnr=25.0, min_ssim=0.9, max_flicker_ratio=1.5)
+    assert config.missed_floors(None) == ()
+    assert config.missed_floors(report(25.0, 0.9, 1.5)) == ()
+    assert config.missed_floors(report(25.0, 0.9, None)) == ()
+    assert Config().missed_floors(report(0.0, 0.0, 99.0)) == ()
+    missed = config.missed_floors(report(24.0, 0.8, 2.0))
+    assert [words.split()[0] for words in missed] == ["PSNR", "SSIM", "flicker"]

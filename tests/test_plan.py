@@ -33,7 +33,8 @@ def test_file_round_trip(tmp_path: Path) -> None:
 
 
 def test_evidence_stands_on_one_line_each_and_keys_are_sorted() -> None:
-    assert sum('"output"' in line for line in TEXT.splitlines()) == len(EVIDENCE)
+    trials = len(PLAN.calibration.trials)
+    assert sum('"output"' in line for line in TEXT.splitlines()) == len(EVIDENCE) + trials
     top = [line.split('"')[1] for line in TEXT.splitlines() if line.startswith('  "')]
     assert top == sorted(field.name for field in dataclasses.fields(Plan))
 

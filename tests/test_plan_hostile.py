@@ -89,6 +89,8 @@ def with_value(path: str, value: Any) -> str:
         (with_value("grid_source.input", "x" * 10**6), "input to be at most 1000 printable"),
         (with_value("calibration", None), "plan.calibration to be an object, got None"),
         (with_value("calibration.prompt_count", 0), "prompt_count"),
+        (with_value("calibration.trials.0.density", 2), r"trials\[0\]: expected density"),
+        (with_value("calibration.held_out_error", -1), "expected held_out_error"),
         (with_value("speed.dense_ms", 0), "dense_ms"),
         (with_value("versions", [["torch", "2"]]), "versions to be an object of strings"),
         (with_value("versions", {"torch": 2}), "versions to be an object of strings"),
