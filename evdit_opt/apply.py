@@ -1,6 +1,5 @@
 """Apply a plan to a model, in place, and take it off again."""
 
-import inspect
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from torch import fx, nn
 
 from evdit_opt.backend import Inner, Options, compile_graph
 from evdit_opt.errors import AlreadyOptimizedError, PlanMismatchError, UnsupportedInputError
+from evdit_opt.passes.capture import own_cache
 from evdit_opt.passes.marks import RootMark, SiteSpec, add_marks
 from evdit_opt.passes.swap_attention import SiteOutcome
 from evdit_opt.plan import Plan
@@ -22,9 +22,6 @@ __all__ = ["apply_plan", "is_optimized", "report", "restore"]
 logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
-
-RECOMPILE_LIMIT = 64
-"""Graphs per frame: layers that share one frame need one per distinct rule, times the shapes seen."""
 
 
 @dataclass
@@ -49,7 +46,7 @@ def apply_plan(
     dynamic: bool | None = False,
     inductor_options: Mapping[str, Any] | None = None,
 ) -> Model:
-    """Compile ``model`` in place with the plan's sparse attention; weights and class stay as they are.
+    """Compile ``model`` in place with the plan's sparse attention; weights and class do not change.
 
     Compilation happens at the first call. A planned site that cannot be rewritten then raises, as
     ``torch._dynamo.exc.BackendCompilerFailed`` with the :class:`PlanMismatchError` in
@@ -80,8 +77,8 @@ def apply_plan(
         )
     if plan.model_class != type(model).__name__:
         raise PlanMismatchError(
-            f"expected a {plan.model_class}, got a {type(model).__name__}; load the plan of this model "
-            "or make one with evdit_opt.make_plan"
+            f"expected a {plan.model_class}, got a {type(model).__name__}; load the plan of this "
+            "model or make one with evdit_opt.make_plan"
         )
     whole = plan.fullgraph if fullgraph is None else fullgraph
     _require_no_compiled_parts(model, whole)
@@ -97,14 +94,12 @@ def apply_plan(
     model._evdit = applied  # type: ignore[assignment]
     if not plan.rules:
         logger.warning("this plan leaves every site dense; %s is compiled dense", plan.model_class)
-    model.compile(
-        backend=_Backend(model, options), fullgraph=whole, dynamic=dynamic, **_own_cache()
-    )
+    model.compile(backend=_Backend(model, options), fullgraph=whole, dynamic=dynamic, **own_cache())
     return model
 
 
 def restore(model: Model) -> Model:
-    """Undo :func:`apply_plan`: hooks, attributes and compiled code are gone, results are exact again.
+    """Undo :func:`apply_plan`: no hook, attribute or compiled code stays, results are exact again.
 
     Raises:
         PlanMismatchError: if no plan is applied.
@@ -167,14 +162,6 @@ def _specs(plan: Plan) -> dict[str, str]:
     }
 
 
-def _own_cache() -> dict[str, Any]:
-    # Dynamo counts recompiles per code object, and every module compiled in place has the same one,
-    # Module._call_impl: without a cache of its own the ninth model or plan of a process fails.
-    wanted = {"isolate_recompiles": True, "recompile_limit": RECOMPILE_LIMIT}
-    known = inspect.signature(torch.compile).parameters
-    return {name: value for name, value in wanted.items() if name in known}
-
-
 def _applied(model: nn.Module) -> Applied:
     applied: Any = getattr(model, "_evdit", None)
     if not isinstance(applied, Applied):
@@ -188,8 +175,8 @@ def _applied(model: nn.Module) -> Applied:
 def _require_plain(model: object) -> None:
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise UnsupportedInputError(
-            "expected the model itself, got what torch.compile made of it; pass the original module "
-            "(model._orig_mod), apply_plan compiles it"
+            "expected the model itself, got what torch.compile made of it; pass the original "
+            "module (model._orig_mod), apply_plan compiles it"
         )
     if not isinstance(model, nn.Module):
         raise UnsupportedInputError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -197,17 +184,18 @@ def _require_plain(model: object) -> None:
 
 def _require_no_compiled_parts(model: nn.Module, fullgraph: bool) -> None:
     # Where the graph breaks, a part compiled earlier would go on running its old, dense code.
-    parts = [
-        name
-        for name, module in model.named_modules()
-        if name
-        and (module._compiled_call_impl or isinstance(module, torch._dynamo.OptimizedModule))
-    ]
+    parts = [name for name, module in model.named_modules() if name and _is_compiled(module)]
     if parts and not fullgraph:
         raise UnsupportedInputError(
-            f"expected no compiled parts in a model that breaks Dynamo's graph, got {parts[0]}; load the "
-            "model without compiling its blocks, apply_plan compiles them"
+            f"expected no compiled parts in a model that breaks Dynamo's graph, got "
+            f"{parts[0]}; load the model without compiling its blocks, apply_plan compiles them"
         )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or isinstance(
+        module, torch._dynamo.OptimizedModule
+    )
 
 
 def _not_compiled(graphs: int) -> str:

@@ -57,8 +57,8 @@ class Options:
         unknown = sorted(set(options or ()) - set(known))
         if unknown:
             raise UnsupportedInputError(
-                f"expected options among {', '.join(known)}, got {', '.join(unknown)}; Inductor's own "
-                "go into options={'inductor': {...}}"
+                f"expected options among {', '.join(known)}, got {', '.join(unknown)}; Inductor's "
+                "own go into options={'inductor': {...}}"
             )
         parsed = cls(**(options or {}))
         if mode is None or mode == "default":
@@ -144,7 +144,7 @@ def _place_marks(compilation: Compilation) -> None:
             _say_dense()
         return
     grid = layout.grid if isinstance(layout, TokenLayout) else layout
-    plan = plan if isinstance(plan, Plan) else _load(plan)
+    plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     mark_planned_sites(compilation.gm, plan, grid, compilation.names)
 
 
@@ -173,11 +173,6 @@ def _say_dense() -> None:
     )
 
 
-@functools.lru_cache(maxsize=8)
-def _load(path: str | PathLike[str]) -> Plan:
-    return Plan.load(path)
-
-
 def _compile_inner(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
 ) -> Callable[..., Any]:
@@ -191,10 +186,11 @@ def _compile_inner(
         from evdit_opt.passes.cache_key import with_source_key
 
         patches = with_source_key(dict(options.inductor), source_hash())
-        return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[no-any-return]
+        compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
+        return compiled  # type: ignore[no-any-return]
     from torch._dynamo.backends.registry import lookup_backend
 
-    return lookup_backend(options.inner)(gm, example_inputs)  # type: ignore[no-any-return]
+    return lookup_backend(options.inner)(gm, list(example_inputs))
 
 
 @functools.cache
@@ -202,7 +198,8 @@ def source_hash() -> str:
     """Hash of this package's sources: what is baked into generated code besides graph and plan."""
     root = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted((*root.glob("*.py"), *root.glob("passes/*.py"), *root.glob("kernels/*.py"))):
+    patterns = ("*.py", "passes/*.py", "kernels/*.py")
+    for path in sorted(path for pattern in patterns for path in root.glob(pattern)):
         digest.update(
             path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"
         )

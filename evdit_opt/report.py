@@ -37,8 +37,8 @@ class Report:
     def show(self) -> str:
         """The report as text."""
         lines = [
-            f"{len(self.rewritten)} of {len(self.sites)} sites sparse, {self.graphs} graphs compiled "
-            f"by {self.inner}, implementation {self.impl}"
+            f"{len(self.rewritten)} of {len(self.sites)} sites sparse, {self.graphs} graphs "
+            f"compiled by {self.inner}, implementation {self.impl}"
         ]
         width = max((len(site.name) for site in self.sites), default=0)
         for site in self.sites:

@@ -54,7 +54,7 @@ def subgraphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
 
 
 def is_attention(node: fx.Node) -> bool:
-    """True for what mixes tokens as attention does: SDPA, our op, flex, or a subgraph holding one."""
+    """True for what mixes tokens by attention: SDPA, our op, flex, a subgraph holding one."""
     if node.op != "call_function":
         return False
     name = str(node.target)
@@ -78,7 +78,7 @@ def value_of(argument: Any) -> Any:
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
-    """Inputs that carry tensors; sizes are left out, they say nothing about where data comes from."""
+    """Inputs that carry tensors; sizes are left out, they do not say where data comes from."""
     return [
         argument
         for argument in node.all_input_nodes
@@ -89,7 +89,7 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
 
 
 def walk_back(starts: Iterable[fx.Node], stop: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
-    """Every node that feeds ``starts``, those included, not going beyond nodes where ``stop`` holds."""
+    """Every node that feeds ``starts``, and they too; nothing behind a node that ``stop`` names."""
     todo, seen = list(starts), set[fx.Node]()
     while todo:
         node = todo.pop()
@@ -106,8 +106,8 @@ def layer_fqn(node: fx.Node, names: Mapping[int, str] | None) -> str | None:
 
     Args:
         node: a node of Dynamo's graph.
-        names: ``id(module) -> path`` of the model. None: the model is not at hand; the path is taken
-            from Dynamo's text, which hooks and graph breaks can garble.
+        names: ``id(module) -> path`` of the model. None: the model is not at hand; the path is
+            taken from Dynamo's text, which hooks and graph breaks can garble.
     """
     found = None
     for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():

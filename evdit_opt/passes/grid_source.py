@@ -55,18 +55,19 @@ class GridSource:
             LayoutError: if an argument is missing or has too few dimensions.
         """
         if self.kind == "arguments":
-            video = [arguments.get(name) for name in GRID_ARGUMENTS]
-            if any(size is None for size in video):
+            missing = [name for name in GRID_ARGUMENTS if arguments.get(name) is None]
+            if missing:
                 raise LayoutError(
                     f"expected the arguments {', '.join(GRID_ARGUMENTS)} in this forward, got "
                     f"{', '.join(arguments)}; pass them, the token grid cannot be known otherwise"
                 )
+            video = [arguments[name] for name in GRID_ARGUMENTS]
         else:
             latent = arguments.get(self.input)
             if latent is None or latent.ndim <= max(self.dims):
                 raise LayoutError(
-                    f"expected the video in argument {self.input!r} with more than {max(self.dims)} "
-                    "dimensions; call the model as it was called in calibration"
+                    f"expected the video in argument {self.input!r} with more than "
+                    f"{max(self.dims)} dimensions; call the model as it was called in calibration"
                 )
             video = [latent.shape[dim] for dim in self.dims]
         frames, height, width = (

@@ -68,8 +68,8 @@ def mark_planned_sites(
     missing = [name for name in rules if name not in marked]
     if missing:
         raise PlanMismatchError(
-            f"expected the planned sites {', '.join(missing)} in this graph, found no self-attention "
-            "of theirs: the model was captured in parts, wrapped by hooks, or is another one. Use "
+            f"expected the planned sites {', '.join(missing)}, found no self-attention of theirs in "
+            "this graph: the model was captured in parts, wrapped by hooks, or is another one. Use "
             "evdit_opt.apply_plan(model, plan) instead of torch.compile(..., backend='evdit')"
         )
 
@@ -86,7 +86,7 @@ def _read_grid(graph: fx.Graph, plan: "Plan") -> VideoGrid:
     if source.kind != "patch" or len(found) != 1:
         raise LayoutError(
             f"expected one 5-D input named {source.input!r} to read the grid from, found "
-            f"{', '.join(inputs) or 'none'}; pass options={{'layout': VideoGrid(frames, height, width)}} "
-            "or use evdit_opt.apply_plan(model, plan)"
+            f"{', '.join(inputs) or 'none'}; pass options={{'layout': VideoGrid(frames, height, "
+            "width)}} or use evdit_opt.apply_plan(model, plan)"
         )
     return source.read({source.input: found[0]})

@@ -11,14 +11,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from evdit_opt.errors import PlanMismatchError
 from evdit_opt.masks import Rule
 from evdit_opt.passes.grid_source import GridSource
 
-__all__ = ["MARK", "LiveGrid", "RootMark", "SiteMark", "SiteSpec", "add_marks", "mark_op"]
+__all__ = [
+    "MARK",
+    "LiveGrid",
+    "RootMark",
+    "SiteMark",
+    "SiteSpec",
+    "add_marks",
+    "mark_op",
+    "remove_mark",
+]
 
 
 @dataclass(frozen=True)
@@ -69,8 +78,8 @@ def mark_op(
         index: 0-d integer, number of the site; only while observing.
     """
     raise PlanMismatchError(
-        "expected the evdit backend to compile this graph, another backend did: a site mark was left "
-        "in it. Call the model that apply_plan was given, do not compile it or its blocks again"
+        "expected the evdit backend to compile this graph, another backend did: a site mark was "
+        "left in it. Call the model that apply_plan was given, do not compile it or its parts again"
     )
 
 
@@ -149,8 +158,8 @@ def add_marks(
     missing = [name for name in specs if name not in modules]
     if missing:
         raise PlanMismatchError(
-            f"expected the sites {', '.join(missing)} in this {type(model).__name__}, found no such "
-            "modules; load the plan of this model or make one with evdit_opt.make_plan"
+            f"expected the sites {', '.join(missing)} in this {type(model).__name__}, found no "
+            "such modules; load the plan of this model or make one with evdit_opt.make_plan"
         )
     parameters = tuple(inspect.signature(model.forward).parameters)
     root = RootMark(source, parameters, LiveGrid())
@@ -164,6 +173,14 @@ def add_marks(
         root.handles.append(handle)
         root.sites.append(module)
     return root
+
+
+def remove_mark(mark: fx.Node) -> None:
+    """Let what it marked take the place of a mark in its graph."""
+    marked = mark.args[0]
+    assert isinstance(marked, fx.Node)
+    mark.replace_all_uses_with(marked)
+    mark.graph.erase_node(mark)
 
 
 def _read_grid(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -180,17 +197,16 @@ def _mark_input(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     site: Any = module._evdit_site
     if not torch.compiler.is_compiling():
+        if site.index is not None:
+            return args, kwargs  # observing only: who observes notices that this site never called
         raise PlanMismatchError(
-            f"expected site {site.name} to run in a compiled graph, it was executed eagerly, where its "
-            "sparse attention cannot be applied. Call the whole model rather than its parts; if a copy "
-            "of the model was made, call apply_plan on the copy; if Dynamo hit its recompile limit, use "
-            "fewer shapes or fewer distinct rules"
+            f"expected site {site.name} to run in a compiled graph, it was executed eagerly, where "
+            "its sparse attention cannot be applied. Call the whole model rather than its parts; if "
+            "it is a copy of an optimized model, restore it and apply the plan to it; if Dynamo hit "
+            "its recompile limit, use fewer shapes or fewer distinct rules"
         )
     live = site.live
+    facts = (site.spec, live.frames, live.tokens_per_frame, site.index)
     if "hidden_states" in kwargs:
-        marked = MARK(
-            kwargs["hidden_states"], site.spec, live.frames, live.tokens_per_frame, site.index
-        )
-        return args, {**kwargs, "hidden_states": marked}
-    marked = MARK(args[0], site.spec, live.frames, live.tokens_per_frame, site.index)
-    return (marked, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": MARK(kwargs["hidden_states"], *facts)}
+    return (MARK(args[0], *facts), *args[1:]), kwargs

@@ -11,6 +11,7 @@ from torch.fx.node import map_arg
 
 from evdit_opt.errors import LayoutError, PlanMismatchError
 from evdit_opt.masks import Rule
+from evdit_opt.passes.check_attention import unsupported
 from evdit_opt.passes.graph import (
     SDPA,
     Attention,
@@ -21,7 +22,7 @@ from evdit_opt.passes.graph import (
     value_of,
     walk_back,
 )
-from evdit_opt.passes.marks import MARK, SiteSpec
+from evdit_opt.passes.marks import MARK, SiteSpec, remove_mark
 
 __all__ = ["SiteOutcome", "match_marks", "swap_attention"]
 
@@ -52,9 +53,9 @@ def swap_attention(
              out = scaled_dot_product_attention(q(x'), k(x'), v(x'))
     after:   out, lse = evdit.tile_attention(q(x), k(x), v(x), mask, intervals, log_weights, ...)
 
-    Only an attention whose q, k and v all come from one and the same mark, and from no other, is the
-    site's: that leaves the cross-attention of a marked module alone. Short sequences, and clips with
-    so few frames that the rule keeps every tile, stay dense, with the reason.
+    Only an attention whose q, k and v all come from one and the same mark, and from no other, is
+    the site's: that leaves the cross-attention of a marked module alone. Short sequences, and clips
+    with so few frames that the rule keeps every tile, stay dense, with the reason.
 
     Args:
         gm: Dynamo's graph; edited in place, subgraphs included.
@@ -77,8 +78,7 @@ def swap_attention(
                 outcome = _rewrite(call, mark, name, impl)
                 if number == 0:
                     outcomes.append(outcome)
-            mark.replace_all_uses_with(mark.args[0])
-            body.graph.erase_node(mark)
+            remove_mark(mark)
         body.recompile()
     return outcomes
 
@@ -119,11 +119,11 @@ def _rewrite(call: fx.Node, mark: fx.Node, name: str, impl: str) -> SiteOutcome:
     # The structure of the mask is static: a symbolic frame count is guarded to this value here.
     frames = int(value_of(mark.args[2]))
     attention = read_attention(call)
-    problem = _cannot_keep(attention)
+    problem = unsupported(attention)
     if problem:
         raise PlanMismatchError(
-            f"expected at {name} an attention that can be made sparse, got {problem}; set this site's "
-            "rule to null in the plan to leave it dense"
+            f"expected at {name} an attention that can be made sparse, got {problem}; set this "
+            "site's rule to null in the plan to leave it dense"
         )
     mask = spec.rule.mask(frames)
     reason = _too_short(attention, frames, mark.args[3], spec.min_tokens)
@@ -158,27 +158,6 @@ def _rewrite(call: fx.Node, mark: fx.Node, name: str, impl: str) -> SiteOutcome:
     return SiteOutcome(name, spec.rule, mask.density)
 
 
-def _cannot_keep(attention: Attention) -> str:
-    """Why the operator cannot compute this attention; empty if it can."""
-    q, k, v = (value_of(x) for x in (attention.q, attention.k, attention.v))
-    if attention.is_causal:
-        return "a causal one"
-    if attention.dropout_p:
-        return f"one with dropout {attention.dropout_p}"
-    if q.ndim != 4:
-        return f"q with {q.ndim} dimensions instead of [batch, heads, seq, head_dim]"
-    if v.shape[3] != q.shape[3]:
-        return f"head_dim {v.shape[3]} for v and {q.shape[3]} for q"
-    if attention.attn_mask is not None:
-        mask = value_of(attention.attn_mask)
-        if mask.ndim != 4 or mask.shape[2] != 1:
-            return (
-                f"an attention mask of shape {tuple(mask.shape)}, which may hide different keys from "
-                "different queries (only [batch, heads, 1, seq] is understood)"
-            )
-    return ""
-
-
 def _too_short(attention: Attention, frames: int, tokens: Any, min_tokens: int) -> str:
     length = value_of(attention.q).shape[2]
     if isinstance(length, torch.SymInt) and not length.node.has_hint():
@@ -199,10 +178,10 @@ def _text_tokens(
     video = frames * value_of(tokens)
     text = length - video
     calibrated = (
-        f"a video of {frames} x {value_of(tokens)} tokens after {spec.prefix} and before {spec.suffix} "
-        "text tokens, as in calibration"
+        f"a video of {frames} x {value_of(tokens)} tokens after {spec.prefix} and before "
+        f"{spec.suffix} text tokens, as in calibration"
     )
-    got = f"expected at {name} {calibrated}, got a sequence of {length}; calibrate for this call again"
+    got = f"expected at {name} {calibrated}, got a sequence of {length}; calibrate for such calls"
     if not spec.prefix and not spec.suffix:
         if text != 0:
             raise LayoutError(got)

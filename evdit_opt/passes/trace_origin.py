@@ -74,8 +74,8 @@ def _projected(node: fx.Node) -> fx.Node | None:
     if node.op != "call_function" or node.target not in PROJECTIONS:
         return None
     activations = [x for x in tensor_inputs(node) if not is_parameter(x)]
-    # A product of two activations (rotary embeddings, ...) is no projection. A weight may be computed
-    # (merged adapters, dequantisation), so F.linear's first argument always counts.
+    # A product of two activations (rotary embeddings, ...) is no projection. A weight may be
+    # computed (merged adapters, dequantisation), so F.linear's first argument always counts.
     if node.target is F.linear:
         first = node.args[0] if node.args else node.kwargs["input"]
         return first if isinstance(first, fx.Node) else None

@@ -1,0 +1,265 @@
+"""Find every attention of a model, and prove by dataflow which are 3D self-attention."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from evdit_opt.passes.capture import captured
+from evdit_opt.passes.check_attention import mask_kind, unsupported
+from evdit_opt.passes.graph import (
+    SDPA,
+    Attention,
+    is_attention,
+    layer_fqn,
+    read_attention,
+    subgraphs,
+    value_of,
+    walk_back,
+)
+from evdit_opt.passes.trace_origin import Origin, common_origin, is_parameter, trace_origin
+from evdit_opt.passes.video_input import video_input
+
+__all__ = ["AttentionSite", "Sites", "classify", "find_attention"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSite:
+    """One attention call of a model.
+
+    Attributes:
+        name: path of the module that projects q, k, v and attends: what a plan calls the site. For
+            an attention left alone, the path of the module it was found in.
+        is_site: True if it is 3D self-attention as far as the graph can tell.
+        reason: why it is, or is not.
+        q_len: query tokens; None if known at run time only.
+        kv_len: key tokens; None if known at run time only.
+        batch: first dimension of q.
+        heads: query heads.
+        kv_heads: key heads.
+        head_dim: size of a head.
+        causal: True if causal.
+        mask_kind: "none", "key padding" (kept) or "other" (refused).
+    """
+
+    name: str
+    is_site: bool
+    reason: str
+    q_len: int | None
+    kv_len: int | None
+    batch: int | None
+    heads: int
+    kv_heads: int
+    head_dim: int
+    causal: bool
+    mask_kind: str
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Every attention of a model, in the order it runs.
+
+    Attributes:
+        attentions: all of them, those left alone too.
+        fullgraph: True if Dynamo captured the model as one graph.
+        graphs: how many graphs it made.
+    """
+
+    attentions: tuple[AttentionSite, ...]
+    fullgraph: bool
+    graphs: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Module paths of the sites, each once."""
+        return tuple(dict.fromkeys(found.name for found in self.attentions if found.is_site))
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """The reason of every attention that is not a site."""
+        return {found.name: found.reason for found in self.attentions if not found.is_site}
+
+
+def find_attention(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sites:
+    """Capture one real call of ``model`` and classify every attention in it.
+
+    Where Dynamo breaks the graph, layers can share one: modules named and built like a site count
+    as sites too then. ``infer_layout`` looks at each of them.
+
+    Args:
+        model: the denoiser, dense.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    batch = video_input(model, args, kwargs).batch
+    found: list[AttentionSite] = []
+    graphs = 0
+
+    def backend(gm: fx.GraphModule, _example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        for body in subgraphs(gm):
+            found.extend(classify(body.graph, names, batch))
+        return gm.forward  # type: ignore[no-any-return]
+
+    with torch.no_grad(), captured(model, backend) as capture:
+        model(*args, **kwargs)
+    checked = [_require_callable(site, model) for site in found]
+    if not capture.fullgraph:
+        checked += _siblings(checked, model)
+    return Sites(tuple(checked), capture.fullgraph, graphs)
+
+
+def classify(graph: fx.Graph, names: Mapping[int, str] | None, batch: int) -> list[AttentionSite]:
+    """Describe every attention of one of Dynamo's graphs.
+
+    A site computes q, k and v from the same hidden states; these descend from the video; nothing is
+    folded into the batch, nothing hides different keys from different queries.
+
+    Args:
+        graph: the graph, before any rewriting.
+        names: ``id(module) -> path`` of the model.
+        batch: batch size of the video input.
+    """
+    videos = {
+        node
+        for node in graph.find_nodes(op="placeholder")
+        if not is_parameter(node) and getattr(value_of(node), "ndim", 0) == 5
+    }
+    sites = []
+    for node in graph.nodes:
+        if node.target is SDPA:
+            sites.append(_classify_call(node, names, batch, videos))
+        elif is_attention(node) and "flex_attention" in str(node.target):
+            sites.append(_leave_flex(node, names))
+    return sites
+
+
+def _classify_call(
+    call: fx.Node, names: Mapping[int, str] | None, batch: int, videos: set[fx.Node]
+) -> AttentionSite:
+    attention = read_attention(call)
+    q, k = value_of(attention.q), value_of(attention.k)
+    layer = layer_fqn(call, names)
+    origins = [trace_origin(x) for x in (attention.q, attention.k, attention.v)]
+    shared = common_origin(origins)
+    reason = (
+        unsupported(attention)
+        or ("its module is unknown, Dynamo lost the name" if not layer else "")
+        or _not_self(attention, origins, shared)
+        or _not_video(shared, videos)
+        or _folded(q, batch)
+    )
+    return AttentionSite(
+        name=layer or "" if reason else _owner(layer or "", origins, shared, names),
+        is_site=not reason,
+        reason=reason or "q, k and v come from the same hidden states, these from the video",
+        q_len=_known(q.shape[-2]),
+        kv_len=_known(k.shape[-2]),
+        batch=_known(q.shape[0]),
+        heads=int(q.shape[1]) if q.ndim == 4 else 1,
+        kv_heads=int(k.shape[1]) if k.ndim == 4 else 1,
+        head_dim=int(q.shape[-1]),
+        causal=attention.is_causal,
+        mask_kind=mask_kind(attention),
+    )
+
+
+def _not_self(attention: Attention, origins: Sequence[Origin], shared: Sequence[fx.Node]) -> str:
+    q, k, _v = origins
+    if not q.roots or not k.roots:
+        return "q or k is not projected from hidden states"
+    if not shared:
+        return "cross-attention: q and k, v come from different hidden states"
+    # Adapters (LoRA) give every projection a root of its own, so the sets need not be equal.
+    lengths = [value_of(x).shape[2] for x in (attention.q, attention.k)]
+    if q.roots != k.roots and (None in map(_known, lengths) or lengths[0] != lengths[1]):
+        return (
+            f"q and k share some hidden states only, and have {lengths[0]} and {lengths[1]} tokens"
+        )
+    return ""
+
+
+def _not_video(shared: Sequence[fx.Node], videos: set[fx.Node]) -> str:
+    if not videos:
+        return ""  # token input, or a graph of its own after a break: infer_layout's probe decides
+    feeds = walk_back(shared, lambda node: node in videos)
+    return "" if any(node in videos for node in feeds) else "does not descend from the video input"
+
+
+def _folded(q: torch.Tensor, batch: int) -> str:
+    size = _known(q.shape[0])
+    if size is not None and size > batch:
+        return f"frames or positions are folded into the batch ({size} instead of {batch})"
+    return ""
+
+
+def _owner(
+    layer: str,
+    origins: Sequence[Origin],
+    shared: Sequence[fx.Node],
+    names: Mapping[int, str] | None,
+) -> str:
+    """Path of the innermost module around the attention and the projections it shares."""
+    paths = [layer.split(".")]
+    for origin in origins:
+        for root in shared:
+            for projection in origin.projections[root]:
+                path = layer_fqn(projection, names)
+                if path:
+                    paths.append(path.split("."))
+    together = zip(*paths, strict=False)
+    same = takewhile(lambda parts: len(set(parts)) == 1, together)
+    return ".".join(parts[0] for parts in same)
+
+
+def _require_callable(site: AttentionSite, model: nn.Module) -> AttentionSite:
+    if not site.is_site:
+        return site
+    module = model.get_submodule(site.name)
+    if site.name and type(module).forward is not nn.Module.forward:
+        return site
+    return replace(site, is_site=False, reason="no single module projects its q, k and v")
+
+
+def _siblings(found: Sequence[AttentionSite], model: nn.Module) -> list[AttentionSite]:
+    known = {site.name for site in found}
+    patterns = {
+        (re.sub(r"\d+", "#", site.name), type(model.get_submodule(site.name))): site
+        for site in found
+        if site.is_site
+    }
+    siblings = []
+    for name, module in model.named_modules():
+        like = patterns.get((re.sub(r"\d+", "#", name), type(module)))
+        if like is not None and name not in known:
+            siblings.append(replace(like, name=name, reason=f"built like {like.name}"))
+    return siblings
+
+
+def _leave_flex(node: fx.Node, names: Mapping[int, str] | None) -> AttentionSite:
+    q, k = (value_of(x) for x in node.args[:2])
+    return AttentionSite(
+        name=layer_fqn(node, names) or "",
+        is_site=False,
+        reason="flex_attention with a block mask of the model's own",
+        q_len=_known(q.shape[2]),
+        kv_len=_known(k.shape[2]),
+        batch=_known(q.shape[0]),
+        heads=int(q.shape[1]),
+        kv_heads=int(k.shape[1]),
+        head_dim=int(q.shape[3]),
+        causal=False,
+        mask_kind="other",
+    )
+
+
+def _known(size: int | torch.SymInt) -> int | None:
+    if isinstance(size, torch.SymInt) and not size.node.has_hint():
+        return None
+    return int(size)

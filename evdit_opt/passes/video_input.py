@@ -1,0 +1,121 @@
+"""Which argument of a model's forward holds the video, and how its grid may be read."""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from evdit_opt.errors import LayoutError
+from evdit_opt.passes.grid_source import GRID_ARGUMENTS, GridSource
+
+__all__ = ["VideoInput", "bind_arguments", "grid_sources", "video_input"]
+
+USUAL_NAME = "hidden_states"
+
+
+@dataclass(frozen=True)
+class VideoInput:
+    """The video argument of one call.
+
+    Attributes:
+        name: its name.
+        tensor: its value, 5-D latents or ``[batch, tokens, channels]``.
+    """
+
+    name: str
+    tensor: torch.Tensor
+
+    @property
+    def batch(self) -> int:
+        """Batch size of the call."""
+        return int(self.tensor.shape[0])
+
+
+def bind_arguments(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a forward by name; what it takes as ``**kwargs`` included."""
+    return {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+
+
+def video_input(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> VideoInput:
+    """The argument that holds the video: the only 5-D one, or the one called ``hidden_states``.
+
+    Raises:
+        LayoutError: if no argument can be it.
+    """
+    arguments = bind_arguments(model, args, kwargs)
+    floating = {
+        name: value
+        for name, value in arguments.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    }
+    volumes = [name for name, value in floating.items() if value.ndim == 5]
+    if volumes:
+        name = USUAL_NAME if USUAL_NAME in volumes else volumes[0]
+        return VideoInput(name, floating[name])
+    if USUAL_NAME in floating and floating[USUAL_NAME].ndim == 3:
+        return VideoInput(USUAL_NAME, floating[USUAL_NAME])
+    shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in floating.items())
+    raise LayoutError(
+        "expected a 5-D video latent, or tokens named hidden_states, among the arguments of "
+        f"{type(model).__name__}, got {shapes or 'no tensors'}; this is no video model, or call it "
+        "through a module whose forward takes one"
+    )
+
+
+def grid_sources(
+    model: nn.Module, video: VideoInput, arguments: Mapping[str, Any]
+) -> Iterator[GridSource]:
+    """How the grid may be read from such calls, the likeliest first. Each needs a check."""
+    if video.tensor.ndim != 5:
+        if all(isinstance(arguments.get(name), int) for name in GRID_ARGUMENTS):
+            yield _source("arguments", video, (1, 1, 1), (2, 3, 4))
+        return
+    for patch in dict.fromkeys(_patches(model)):
+        for dims in _dims(model, video):
+            yield _source("patch", video, patch, dims)
+
+
+def _patches(model: nn.Module) -> Iterator[tuple[int, int, int]]:
+    config = getattr(model, "config", None)
+    size = _read(config, "patch_size")
+    time = _read(config, "patch_size_t") or _read(config, "temporal_patch_size") or 1
+    if isinstance(size, int) and isinstance(time, int):
+        yield (time, size, size)
+    elif isinstance(size, (tuple, list)) and len(size) == 3:
+        yield (int(size[0]), int(size[1]), int(size[2]))
+    elif isinstance(size, (tuple, list)) and len(size) == 2 and isinstance(time, int):
+        yield (time, int(size[0]), int(size[1]))
+    for module in model.modules():
+        # A patch embedding: a convolution whose steps do not overlap.
+        if isinstance(module, nn.Conv3d) and module.kernel_size == module.stride:
+            yield (module.stride[0], module.stride[1], module.stride[2])
+        elif isinstance(module, nn.Conv2d) and module.kernel_size == module.stride:
+            yield (1, module.stride[0], module.stride[1])
+    yield (1, 1, 1)
+
+
+def _dims(model: nn.Module, video: VideoInput) -> Iterator[tuple[int, int, int]]:
+    channels_first, frames_first = (2, 3, 4), (1, 3, 4)
+    channels = _read(getattr(model, "config", None), "in_channels")
+    if video.tensor.shape[2] == channels != video.tensor.shape[1]:
+        channels_first, frames_first = frames_first, channels_first
+    yield channels_first
+    yield frames_first
+
+
+def _source(
+    kind: Literal["patch", "arguments"],
+    video: VideoInput,
+    patch: tuple[int, int, int],
+    dims: tuple[int, int, int],
+) -> GridSource:
+    return GridSource(kind=kind, input=video.name, patch=patch, dims=dims)
+
+
+def _read(config: Any, name: str) -> Any:
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
