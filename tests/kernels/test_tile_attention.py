@@ -1,0 +1,131 @@
+"""Every implementation equals the definition, for any mask, layout, dtype and strides."""
+
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evdit_opt.grid import TokenLayout, VideoGrid
+from evdit_opt.kernels import decomposed, tile_attention
+from evdit_opt.kernels.decomposed import Schedule
+from evdit_opt.masks import Rule, TileMask
+from tests.kernels.oracle import Case, cases, oracle, strided
+from tests.tolerance import assert_close_to_fp64
+
+CPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+EMPTY_FUNCTIONS = ("empty", "empty_like")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """What the package does not write to is NaN, not the zeros of a fresh page."""
+    plain = {name: getattr(torch, name) for name in EMPTY_FUNCTIONS}
+    new_empty = torch.Tensor.new_empty
+
+    def poison(x: torch.Tensor) -> torch.Tensor:
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    with mock.patch.object(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k))):
+        with mock.patch.multiple(
+            torch, **{n: (lambda *a, f=f, **k: poison(f(*a, **k))) for n, f in plain.items()}
+        ):
+            yield
+
+
+def check(case: Case, impl: str, factor: float = 2.0) -> None:
+    q, k, v, attn_mask = case.tensors()
+    out, lse = tile_attention(
+        q, k, v, case.mask, case.layout, scale=case.scale, attn_mask=attn_mask, impl=impl,
+        return_lse=True,
+    )  # fmt: skip
+    exact, exact_lse = oracle(q, k, v, case.mask, case.layout, case.scale, attn_mask)
+    eager, eager_lse = oracle(q, k, v, case.mask, case.layout, case.scale, attn_mask, dtype=case.dtype)
+    assert_close_to_fp64(out, exact, eager, "out", factor)
+    assert out.stride() == torch.empty_like(q).stride()
+    assert lse.is_contiguous()
+    assert_close_to_fp64(lse, exact_lse, eager_lse.to(lse.dtype), "lse", factor)
+
+
+@given(cases(CPU_DTYPES))
+@settings(max_examples=60)
+def test_auto_is_exact(case: Case) -> None:
+    check(case, "auto")
+
+
+@given(cases((torch.float32, torch.float64), max_tokens=600))
+@settings(max_examples=25)
+def test_reference_is_exact(case: Case) -> None:
+    check(case, "reference")
+
+
+@given(cases((torch.float32, torch.float64), max_tokens=900), st.booleans(), st.integers(1, 4))
+@settings(max_examples=80)
+def test_every_schedule_is_exact(case: Case, merge: bool, rows_per_call: int) -> None:
+    schedule = Schedule(merge=merge, rows_per_call=rows_per_call)
+    with mock.patch.object(decomposed, "choose_schedule", return_value=schedule):
+        check(case, "decomposed")
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["gather", "merge"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_low_precision_of_both_forms(dtype: torch.dtype, merge: bool) -> None:
+    case = Case(
+        mask=Rule(2, 1, "balanced").mask(9), layout=TokenLayout(VideoGrid(9, 63, 1), prefix=5),
+        batch=1, heads=2, kv_heads=2, head_dim=64, dtype=dtype, kind="transposed", padding="none",
+        scale=None, seed=0,
+    )  # fmt: skip
+    schedule = Schedule(merge=merge, rows_per_call=2)
+    with mock.patch.object(decomposed, "choose_schedule", return_value=schedule):
+        check(case, "decomposed")
+
+
+@pytest.mark.parametrize("impl", ["reference", "decomposed"])
+def test_a_query_without_any_key_gives_zero(impl: str) -> None:
+    layout = TokenLayout(VideoGrid(3, 4, 1))
+    q, k, v = strided("transposed", 1, 12, (2, 2, 2), 16)
+    hidden = torch.ones(1, 1, 1, 12, dtype=torch.bool)
+    hidden[..., 4:8] = False  # all that frame 1 keeps
+    out, lse = tile_attention(
+        q, k, v, Rule(0).mask(3), layout, attn_mask=hidden, impl=impl, return_lse=True
+    )
+    assert out[:, :, 4:8].count_nonzero() == 0
+    assert lse[:, :, 4:8].isneginf().all()
+    assert lse[:, :, :4].isfinite().all()
+
+
+def test_the_full_mask_is_dense_attention() -> None:
+    layout = TokenLayout(VideoGrid(3, 5, 7), prefix=2, suffix=3)
+    q, k, v = strided("packed", 2, layout.seq_len, (4, 4, 4), 40)
+    out = tile_attention(q, k, v, TileMask.full(3), layout)
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(out, dense)
+
+
+@pytest.mark.gpu
+@given(cases((torch.float32, torch.float16, torch.bfloat16)))
+@settings(max_examples=60)
+def test_auto_is_exact_on_cuda(case: Case) -> None:
+    check_on_cuda(case, "auto")
+
+
+@pytest.mark.gpu
+@given(cases((torch.float32, torch.float16, torch.bfloat16)))
+@settings(max_examples=100)
+def test_triton_is_exact_on_cuda(case: Case) -> None:
+    check_on_cuda(case, "triton")
+
+
+def check_on_cuda(case: Case, impl: str) -> None:
+    q, k, v, attn_mask = case.tensors()
+    moved = [x.cuda() for x in (q, k, v)]
+    out, lse = tile_attention(
+        *moved, case.mask, case.layout, scale=case.scale, impl=impl, return_lse=True,
+        attn_mask=None if attn_mask is None else attn_mask.cuda(),
+    )  # fmt: skip
+    exact, exact_lse = oracle(q, k, v, case.mask, case.layout, case.scale, attn_mask)
+    eager, eager_lse = oracle(q, k, v, case.mask, case.layout, case.scale, attn_mask, dtype=case.dtype)
+    assert_close_to_fp64(out.cpu(), exact, eager, "out")
+    assert_close_to_fp64(lse.cpu(), exact_lse, eager_lse.to(lse.dtype), "lse")
