@@ -162,10 +162,7 @@ assert dict(os.environ) == environment
 
 
 def test_root_exports() -> None:
-    names = getattr(evdit_opt, "__all__", None)
-    if names is None and len((PACKAGE / "__init__.py").read_text().splitlines()) < 5:
-        pytest.skip("the root package exports nothing yet")
-    assert set(names or ()) == EXPORTS
+    assert set(evdit_opt.__all__) == EXPORTS
     for name in EXPORTS:
         assert getattr(evdit_opt, name) is not None
 
@@ -226,8 +223,6 @@ def readme_tree(readme: str) -> dict[str, str]:
 
 def test_the_readme_s_tree_is_the_real_one() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    if "\n## " not in readme:
-        pytest.skip("the README has no sections yet")
     shown = readme_tree(readme)
     missing = [path for path in shown if not (ROOT / path).exists()]
     assert missing == [], "in the README's tree, not on disk"
