@@ -1,0 +1,117 @@
+"""Write plans for one model: everything but the rules is the same in all of them."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evdit_opt.calibrate.error import CandidateError
+from evdit_opt.calibrate.search import Choice, Errors
+from evdit_opt.calibrate.survey import Survey
+from evdit_opt.config import Config
+from evdit_opt.models import Denoiser, Item, config_hash
+from evdit_opt.plan import CalibrationRecord, Plan, RuleEvidence, SiteLayout, SitePlan
+from evdit_opt.versions import installed_versions
+
+__all__ = ["Drafter"]
+
+
+@dataclass(frozen=True)
+class Drafter:
+    """Turns choices into plans.
+
+    Attributes:
+        denoiser: whose plans are written.
+        survey: its sites and layouts.
+        config: of the calibration.
+    """
+
+    denoiser: Denoiser
+    survey: Survey
+    config: Config
+
+    def draft(self, choice: Choice, errors: Errors, threshold: float) -> Plan:
+        """A plan with the chosen rule at every site, the reason, and all candidates' errors."""
+        return self._plan(
+            [
+                self._site(
+                    name,
+                    choice.get(name),
+                    self._reason(choice.get(name), errors[name], threshold),
+                    errors[name],
+                )
+                for name in self.survey.layouts
+            ],
+            threshold,
+        )
+
+    def dense(self, reason: str) -> Plan:
+        """A plan that leaves every site dense, because of ``reason``."""
+        sites = [self._site(name, None, f"dense: {reason}", ()) for name in self.survey.layouts]
+        return self._plan(sites, self.config.threshold)
+
+    def _reason(
+        self, chosen: CandidateError | None, candidates: Sequence[CandidateError], threshold: float
+    ) -> str:
+        if chosen is not None:
+            return f"error {chosen.output:.3f}, from frame to frame {chosen.temporal:.3f}"
+        if not candidates:
+            frames = self.survey.grid.frames
+            return f"dense: no rule has a density <= {self.config.max_density} at {frames} frames"
+        best = min(candidate.output for candidate in candidates)
+        return f"dense: the best rule errs by {best:.3f}, the threshold is {threshold:.3f}"
+
+    def _site(
+        self,
+        name: str,
+        chosen: CandidateError | None,
+        reason: str,
+        candidates: Sequence[CandidateError],
+    ) -> SitePlan:
+        layout = self.survey.layouts[name]
+        return SitePlan(
+            name=name,
+            rule=None if chosen is None else chosen.rule,
+            reason=reason,
+            layout=SiteLayout(prefix=layout.prefix, suffix=layout.suffix),
+            density=1.0 if chosen is None else chosen.density,
+            errors=tuple(
+                RuleEvidence(
+                    rule=candidate.rule.describe(self.survey.grid.frames),
+                    density=candidate.density,
+                    output=candidate.output,
+                    temporal=candidate.temporal,
+                )
+                for candidate in candidates
+            ),
+        )
+
+    def _plan(self, sites: Sequence[SitePlan], threshold: float) -> Plan:
+        return Plan(
+            model_class=type(self.denoiser.model).__name__,
+            model_config_hash=config_hash(self.denoiser.model),
+            sites=tuple(sites),
+            grid=self.survey.grid,
+            grid_source=self.survey.grid_source,
+            min_tokens=self.config.min_tokens,
+            fullgraph=self.survey.fullgraph,
+            calibration=CalibrationRecord(
+                prompts_hash=_hash_items(self.denoiser.items),
+                prompt_count=len(self.denoiser.items),
+                steps=self.config.calib_steps,
+                seed=self.config.seed,
+                threshold=threshold,
+            ),
+            versions=tuple(sorted(installed_versions().items())),
+        )
+
+
+def _hash_items(items: Sequence[Item]) -> str:
+    """SHA-256 of prompts, or of the names and shapes in the calls of a module."""
+    described = [
+        item
+        if isinstance(item, str)
+        else {name: list(getattr(value, "shape", ())) for name, value in item.items()}
+        for item in items
+    ]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()

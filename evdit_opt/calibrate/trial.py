@@ -1,0 +1,80 @@
+"""Run whole plans, and compare what comes out with the dense runs.
+
+Errors at single sites cannot choose between weightings: per-site squared error prefers masks whose
+video flickers (docs/notes/weighting.md). So plans of equal density are run end to end, and judged
+by an error that sees time.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from evdit_opt.apply import apply_plan, restore
+from evdit_opt.config import Config
+from evdit_opt.models import Denoiser, Item
+from evdit_opt.plan import Plan, TrialRecord
+from evdit_opt.progress import track
+
+__all__ = ["mean_error", "run_with_plan", "try_plans"]
+
+
+def try_plans(
+    denoiser: Denoiser,
+    plans: Sequence[tuple[str, Plan]],
+    items: Sequence[Item],
+    dense: Sequence[torch.Tensor],
+    config: Config,
+) -> tuple[TrialRecord, ...]:
+    """Run every named plan on ``items``; compare with the ``dense`` results of the same seeds."""
+    records = []
+    for name, plan in track(plans, "trying plans", config.progress):
+        sparse = run_with_plan(denoiser, plan, items, config)
+        pairs = [
+            (_frames_first(s, plan).diff(dim=0), _frames_first(d, plan).diff(dim=0))
+            for s, d in zip(sparse, dense, strict=False)
+        ]
+        records.append(
+            TrialRecord(
+                name=name,
+                density=plan.density,
+                output=mean_error(sparse, dense),
+                temporal=sum(_relative(s, d) for s, d in pairs) / len(pairs),
+            )
+        )
+    return tuple(records)
+
+
+def run_with_plan(
+    denoiser: Denoiser, plan: Plan, items: Sequence[Item], config: Config, first: int = 0
+) -> list[torch.Tensor]:
+    """Run items with seeds ``config.seed + first`` and on, under ``plan``; dense again afterwards.
+
+    The rewritten graph is not compiled further: too few steps run here to pay for that.
+    """
+    apply_plan(denoiser.model, plan, inner="eager", impl=config.impl)
+    try:
+        return [
+            denoiser.run(item, config.seed + first + index, config.calib_steps)
+            for index, item in enumerate(items)
+        ]
+    finally:
+        restore(denoiser.model)
+
+
+def mean_error(sparse: Sequence[torch.Tensor], dense: Sequence[torch.Tensor]) -> float:
+    """Mean over runs of ``||sparse - dense|| / ||dense||``; ``dense`` may hold more runs."""
+    return sum(_relative(s, d) for s, d in zip(sparse, dense, strict=False)) / len(sparse)
+
+
+def _frames_first(result: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """A video ``[frames, height, width, 3]`` as it is; a model's output with frames moved first."""
+    if result.ndim == 4:
+        return result
+    if result.ndim == 5:
+        return result.movedim(plan.grid_source.dims[0], 0)
+    return result.unflatten(1, (plan.grid.frames, plan.grid.tokens_per_frame)).movedim(1, 0)
+
+
+def _relative(candidate: torch.Tensor, reference: torch.Tensor) -> float:
+    candidate, reference = candidate.float(), reference.float()
+    return float((candidate - reference).norm() / reference.norm().clamp_min(1e-12))

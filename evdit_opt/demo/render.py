@@ -1,0 +1,112 @@
+"""Pictures of the demo: clips side by side, and the tile mask of every site."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from evdit_opt.masks import DROPPED
+from evdit_opt.plan import Plan
+
+__all__ = ["write_masks", "write_side_by_side"]
+
+FRAMES_PER_SECOND = 12
+ENLARGE = 2  # pixels of the written video per pixel of the clip
+MARGIN = 8  # pixels between clips
+CAPTION_HEIGHT = 36  # pixels above the first row, two lines of text
+TITLE_WIDTH = 112  # pixels left of the first column
+BACKGROUND = (255, 255, 255)
+INK = (20, 20, 20)
+
+
+def write_side_by_side(
+    folder: Path, rows: Mapping[str, Sequence[np.ndarray]], captions: Sequence[str]
+) -> tuple[Path, Path]:
+    """Write ``side_by_side.mp4`` and ``.gif``: one row per variant, one column per caption.
+
+    Args:
+        folder: where to write.
+        rows: title -> clips ``[frames, height, width, 3]`` in 0..1, one per caption, equal shapes.
+        captions: what each column was asked to show.
+
+    Returns:
+        The paths of the mp4 and the gif.
+    """
+    import imageio.v3 as iio
+
+    first = next(iter(rows.values()))[0]
+    sheet = _sheet(rows, captions, first.shape[1] * ENLARGE, first.shape[2] * ENLARGE)
+    video = np.stack([_fill(sheet, rows, frame) for frame in range(len(first))])
+    mp4, gif = folder / "side_by_side.mp4", folder / "side_by_side.gif"
+    iio.imwrite(mp4, video, fps=FRAMES_PER_SECOND, codec="libx264")
+    iio.imwrite(gif, video[:: max(1, len(video) // 20)], duration=1000 // FRAMES_PER_SECOND, loop=0)
+    return mp4, gif
+
+
+def write_masks(path: Path, plan: Plan) -> Path:
+    """Write a picture of the tile mask of every site: dropped white, kept blue, weighted darker."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    frames = plan.grid.frames
+    columns = min(6, len(plan.sites))
+    lines = -(-len(plan.sites) // columns)
+    figure, axes = pyplot.subplots(
+        lines, columns, figsize=(2.1 * columns, 2.5 * lines), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, site in zip(axes.flat, plan.sites, strict=False):
+        bias = (
+            np.zeros((frames, frames)) if site.rule is None else site.rule.mask(frames).bias.numpy()
+        )
+        weight = np.where(bias == DROPPED, 0.0, 1.0 + bias)
+        axis.imshow(weight, cmap="Blues", vmin=0.0, vmax=4.0, interpolation="nearest")
+        name = "dense" if site.rule is None else site.rule.describe(frames)
+        axis.set_title(f"{site.name}\n{name}, {site.density:.0%}", fontsize=7)
+        axis.set(xticks=[], yticks=[])
+        axis.axis("on")
+    figure.suptitle(
+        f"kept tiles: query frame (down) x key frame (across), {frames} latent frames", fontsize=9
+    )
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path
+
+
+def _sheet(
+    rows: Mapping[str, Sequence[np.ndarray]], captions: Sequence[str], height: int, width: int
+) -> np.ndarray:
+    """The still part of the picture: captions above, titles at the left, room for the clips."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    even = lambda size: size + size % 2  # noqa: E731  (H.264 wants even sizes)
+    size = (
+        even(TITLE_WIDTH + len(captions) * (width + MARGIN)),
+        even(CAPTION_HEIGHT + len(rows) * (height + MARGIN)),
+    )
+    picture = Image.new("RGB", size, BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(13)
+    for column, caption in enumerate(captions):
+        text = "\n".join(textwrap.wrap(caption, width // 7))
+        draw.text((TITLE_WIDTH + column * (width + MARGIN), 2), text, INK, font=font)
+    for row, title in enumerate(rows):
+        text = "\n".join(textwrap.wrap(title, TITLE_WIDTH // 7))
+        draw.text((4, CAPTION_HEIGHT + row * (height + MARGIN) + height // 3), text, INK, font=font)
+    return np.asarray(picture)
+
+
+def _fill(sheet: np.ndarray, rows: Mapping[str, Sequence[np.ndarray]], frame: int) -> np.ndarray:
+    picture = sheet.copy()
+    for row, clips in enumerate(rows.values()):
+        for column, clip in enumerate(clips):
+            image = (np.clip(clip[frame], 0, 1) * 255).round().astype(np.uint8)
+            image = image.repeat(ENLARGE, 0).repeat(ENLARGE, 1)
+            top = CAPTION_HEIGHT + row * (image.shape[0] + MARGIN)
+            left = TITLE_WIDTH + column * (image.shape[1] + MARGIN)
+            picture[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return picture
