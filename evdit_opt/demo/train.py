@@ -38,6 +38,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae-steps", type=int, default=2200)
     parser.add_argument("--decoder-steps", type=int, default=800)
     parser.add_argument("--shards", type=int, default=100, help="64 clips each")
+    parser.add_argument(
+        "--phases",
+        type=train_denoiser.parse_phases,
+        default=train_denoiser.Recipe().phases,
+        help="until:fewest-most frames:batch, ...",
+    )
     for field in fields(train_denoiser.Recipe):
         if field.type in ("int", "float"):
             parser.add_argument(

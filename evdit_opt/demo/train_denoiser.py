@@ -44,17 +44,33 @@ PROBED_BLOCK = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Phase:
+    """A stretch of training on clips of a certain length."""
+
+    until: int
+    """Steps done at the end of the phase, counted from the start of training."""
+    frames: tuple[int, int]
+    """Fewest and most latent frames shown."""
+    batch: int
+
+
+def parse_phases(text: str) -> tuple[Phase, ...]:
+    """Phases from text such as "3800:3-5:8,6000:17-17:3" (until:frames:batch)."""
+    phases = []
+    for item in text.split(","):
+        until, frames, batch = item.split(":")
+        low, high = (int(number) for number in frames.split("-"))
+        phases.append(Phase(until=int(until), frames=(low, high), batch=int(batch)))
+    return tuple(phases)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """Everything the training run depends on besides the latents."""
 
-    short_steps: int = 12000
-    """Steps on frame subsets, at constant learning rate."""
-    steps: int = 15000
-    """All steps; those after `short_steps` see every frame while the learning rate falls."""
-    short_frames: tuple[int, int] = (3, 5)
-    """Fewest and most frames of a subset."""
-    short_batch: int = 8
-    batch: int = 4
+    phases: tuple[Phase, ...] = parse_phases("3800:3-5:8,4000:17-17:3,6400:7-10:5,7100:17-17:3")
+    decay_from: int = 5000
+    """Step from which the learning rate falls."""
     learning_rate: float = 1.5e-3
     warmup: int = 200
     dropout: float = 0.12
@@ -63,6 +79,11 @@ class Recipe:
     ema: float = 0.999
     width: int = 96
     layers: int = 6
+
+    @property
+    def steps(self) -> int:
+        """Length of the whole training."""
+        return self.phases[-1].until
 
 
 class FrameRope(nn.Module):
@@ -166,11 +187,12 @@ def draw_batch(step: int, pool: LatentPool, recipe: Recipe) -> Batch:
     random = np.random.default_rng((1, step))
     generator = torch.Generator().manual_seed(step)
     total = LATENT_SHAPE[1]
-    frames, size = np.arange(total), recipe.batch
-    if step < recipe.short_steps:
-        count = random.integers(recipe.short_frames[0], recipe.short_frames[1] + 1)
-        inner = 1 + random.permutation(total - 2)[: count - 2]
-        frames, size = np.sort(np.concatenate(([0, total - 1], inner))), recipe.short_batch
+    phase = next(phase for phase in recipe.phases if step < phase.until)
+    size = phase.batch
+    count = random.integers(phase.frames[0], phase.frames[1] + 1)
+    # both ends are always shown, so that a subset still says where in the clip a frame is
+    inner = 1 + random.permutation(total - 2)[: count - 2]
+    frames = np.sort(np.concatenate(([0, total - 1], inner)))
     chosen = random.integers(len(pool), size=size)
     dropped = random.random(size) < recipe.dropout
     latents = pool.take(chosen.tolist(), torch.from_numpy(frames))
@@ -230,8 +252,8 @@ def losses(
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Warm up, hold while training on subsets, then fall linearly to 2 %."""
-    left = (recipe.steps - step) / max(1, recipe.steps - recipe.short_steps)
+    """Warm up, hold, then fall linearly to 2 %."""
+    left = (recipe.steps - step) / max(1, recipe.steps - recipe.decay_from)
     return recipe.learning_rate * min(1, (step + 1) / recipe.warmup, 0.02 + 0.98 * left)
 
 
@@ -290,7 +312,7 @@ class Trainer:
 
 
 def train(
-    folder: Path, recipe: Recipe, log_every: int = 100, save_every: int = 200
+    folder: Path, recipe: Recipe, log_every: int = 50, save_every: int = 50
 ) -> Iterator[dict[str, Any]]:
     """Train until `recipe.steps`, continuing from `folder`/denoiser.pt; yields log records."""
     trainer = Trainer(recipe)

@@ -15,12 +15,12 @@ from evdit_opt.demo.clips import HELD_OUT, LABELS, VOCABULARY, draw_clip, sample
 from evdit_opt.demo.detect import caption_accuracy
 from evdit_opt.demo.tinywan import LATENT_SHAPE, WEIGHTS, build_tokenizer
 from evdit_opt.demo.train_autoencoder import psnr, to_tensor
-from evdit_opt.demo.train_denoiser import FrameRope, Recipe, encode_prompts, train
+from evdit_opt.demo.train_denoiser import FrameRope, Recipe, encode_prompts, parse_phases, train
 
 if TYPE_CHECKING:
     from diffusers import WanPipeline
 
-TINY = Recipe(width=32, layers=2, steps=8, short_steps=5, warmup=2, batch=2, short_batch=2)
+TINY = Recipe(width=32, layers=2, phases=parse_phases("5:3-5:2,8:17-17:2"), decay_from=5, warmup=2)
 
 
 @pytest.fixture(scope="module")
