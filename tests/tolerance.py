@@ -7,12 +7,17 @@ __all__ = ["assert_close_to_fp64"]
 
 # Spacing of the dtype at 1, times a few: what the last rounding alone may cost.
 ROUNDING_STEPS = 4
-# float64 is its own measuring stick: eager's error reads 0, so the logits' rounding has to fit here.
+# float64 is its own measuring stick: eager's error reads 0, so rounding of the logits fits here.
 ROUNDING_STEPS_FP64 = 4096
 
 
 def assert_close_to_fp64(
-    actual: Tensor, exact: Tensor, eager: Tensor, what: str = "result", factor: float = 2.0
+    actual: Tensor,
+    exact: Tensor,
+    eager: Tensor,
+    what: str = "result",
+    factor: float = 2.0,
+    size: float = 1.0,
 ) -> None:
     """Assert max|actual - exact| <= factor * max|eager - exact| + rounding floor.
 
@@ -22,6 +27,7 @@ def assert_close_to_fp64(
         eager: the same by plain PyTorch in the kernel's dtype.
         what: name in the message.
         factor: how much worse than eager is allowed; more than 2 needs a reason.
+        size: magnitude of the terms that are summed, where the result is smaller than they are.
     """
     assert actual.shape == exact.shape, f"{what}: shape {actual.shape}, expected {exact.shape}"
     assert actual.dtype == eager.dtype, f"{what}: dtype {actual.dtype}, expected {eager.dtype}"
@@ -31,7 +37,7 @@ def assert_close_to_fp64(
     error, eager_error = (
         (x.double() - exact).masked_fill(empty, 0.0).abs().max().item() for x in (actual, eager)
     )
-    size = max(1.0, exact.masked_fill(empty, 0.0).abs().max().item())
+    size = max(size, exact.masked_fill(empty, 0.0).abs().max().item())
     steps = ROUNDING_STEPS_FP64 if actual.dtype == torch.float64 else ROUNDING_STEPS
     floor = steps * torch.finfo(actual.dtype).eps * size
     bound = factor * eager_error + floor

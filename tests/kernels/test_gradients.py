@@ -33,19 +33,21 @@ def gradients(case: Case, dtype: torch.dtype, grad_out: torch.Tensor) -> tuple[t
 @given(
     cases((torch.float32, torch.float64, torch.bfloat16), max_tokens=600, head_dims=(16, 24, 64))
 )
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_gradients_are_exact(case: Case) -> None:
     *tensors, attn_mask = case.tensors()
     tensors = [x.requires_grad_() for x in tensors]
-    out = tile_attention(
-        *tensors, case.mask, case.layout, scale=case.scale, attn_mask=attn_mask
-    )
+    out = tile_attention(*tensors, case.mask, case.layout, scale=case.scale, attn_mask=attn_mask)
     grad_out = torch.randn_like(out)
     actual = torch.autograd.grad(out, tensors, grad_out)
     exact = gradients(case, torch.float64, grad_out)
     eager = gradients(case, case.dtype, grad_out)
+    # A flash backward subtracts two numbers of this size (dP - delta) where eager's softmax
+    # backward may give an exact 0, for example with a single key.
+    q, k, v, grad = (x.detach().double().norm(dim=-1).max().item() for x in (*tensors, grad_out))
+    size = grad * v * max(q, k, 1.0) * (case.scale or case.head_dim**-0.5)
     for name, mine, true, plain in zip("qkv", actual, exact, eager, strict=True):
-        assert_close_to_fp64(mine, true, plain, f"gradient of {name}")
+        assert_close_to_fp64(mine, true, plain, f"gradient of {name}", size=size)
 
 
 def test_memory_of_the_backward_is_linear() -> None:

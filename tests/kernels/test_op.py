@@ -51,8 +51,9 @@ def test_opcheck_backward(kind: str) -> None:
     torch.library.opcheck(op, (torch.randn_like(out), q, k, v, out, lse, *arguments))
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dynamic"), [("transposed", False), ("transposed", True), ("packed", False)]
+)
 def test_compiles_whole_forward_and_backward(kind: str, dynamic: bool) -> None:
     def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = tile_attention(q * 1.5, k, v + 1.0, MASK, LAYOUT)  # as the model's q: transposed
@@ -74,7 +75,7 @@ def test_last_dim_not_contiguous() -> None:
     q, k, v = (torch.randn(1, 2, 16, LAYOUT.seq_len).transpose(2, 3) for _ in range(3))
     expected, _ = oracle(q, k, v, MASK, LAYOUT)
     for function in (tile_attention, torch.compile(tile_attention, fullgraph=True)):
-        torch.testing.assert_close(function(q, k, v, MASK, LAYOUT).double(), expected)
+        torch.testing.assert_close(function(q, k, v, MASK, LAYOUT), expected.float())
 
 
 def test_another_mask_recompiles_and_is_used() -> None:
@@ -85,7 +86,7 @@ def test_another_mask_recompiles_and_is_used() -> None:
     for mask in masks:
         expected, _ = oracle(q, k, v, mask, LAYOUT)
         out = compiled(q, k, v, mask, LAYOUT)
-        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out, expected.float())
     assert counter.frame_count == 3
 
 
@@ -96,7 +97,7 @@ def test_more_tokens_reuse_a_dynamic_graph() -> None:
         layout = TokenLayout(VideoGrid(5, height, 4), prefix=3)
         q, k, v = strided("transposed", 1, layout.seq_len, HEADS, 16)
         expected, _ = oracle(q, k, v, MASK, layout)
-        torch.testing.assert_close(compiled(q, k, v, MASK, layout).double(), expected)
+        torch.testing.assert_close(compiled(q, k, v, MASK, layout), expected.float())
     assert counter.frame_count == 1
 
 
@@ -121,9 +122,7 @@ def test_checkpointing() -> None:
     q, k, v = inputs("transposed")
     plain = torch.autograd.grad(tile_attention(q, k, v, MASK, LAYOUT).square().sum(), (q, k, v))
     out = checkpoint(lambda *x: tile_attention(*x, MASK, LAYOUT), q, k, v, use_reentrant=False)
-    for mine, theirs in zip(
-        torch.autograd.grad(out.square().sum(), (q, k, v)), plain, strict=True
-    ):
+    for mine, theirs in zip(torch.autograd.grad(out.square().sum(), (q, k, v)), plain, strict=True):
         assert torch.equal(mine, theirs)
 
 

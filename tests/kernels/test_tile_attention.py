@@ -42,7 +42,9 @@ def check(case: Case, impl: str, factor: float = 2.0) -> None:
         return_lse=True,
     )  # fmt: skip
     exact, exact_lse = oracle(q, k, v, case.mask, case.layout, case.scale, attn_mask)
-    eager, eager_lse = oracle(q, k, v, case.mask, case.layout, case.scale, attn_mask, dtype=case.dtype)
+    eager, eager_lse = oracle(
+        q, k, v, case.mask, case.layout, case.scale, attn_mask, dtype=case.dtype
+    )
     assert_close_to_fp64(out, exact, eager, "out", factor)
     assert out.stride() == torch.empty_like(q).stride()
     assert lse.is_contiguous()
@@ -126,6 +128,8 @@ def check_on_cuda(case: Case, impl: str) -> None:
         attn_mask=None if attn_mask is None else attn_mask.cuda(),
     )  # fmt: skip
     exact, exact_lse = oracle(q, k, v, case.mask, case.layout, case.scale, attn_mask)
-    eager, eager_lse = oracle(q, k, v, case.mask, case.layout, case.scale, attn_mask, dtype=case.dtype)
+    eager, eager_lse = oracle(
+        q, k, v, case.mask, case.layout, case.scale, attn_mask, dtype=case.dtype
+    )
     assert_close_to_fp64(out.cpu(), exact, eager, "out")
     assert_close_to_fp64(lse.cpu(), exact_lse, eager_lse.to(lse.dtype), "lse")
