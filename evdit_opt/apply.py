@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from evdit_opt.backend import Inner, Options, compile_graph
 from evdit_opt.errors import AlreadyOptimizedError, PlanMismatchError, UnsupportedInputError
-from evdit_opt.passes.capture import own_cache
+from evdit_opt.passes.capture import compile_call
 from evdit_opt.passes.marks import RootMark, SiteSpec, add_marks
 from evdit_opt.passes.swap_attention import SiteOutcome
 from evdit_opt.plan import Plan
@@ -94,7 +94,7 @@ def apply_plan(
     model._evdit = applied  # type: ignore[assignment]
     if not plan.rules:
         logger.warning("this plan leaves every site dense; %s is compiled dense", plan.model_class)
-    model.compile(backend=_Backend(model, options), fullgraph=whole, dynamic=dynamic, **own_cache())
+    model._compiled_call_impl = compile_call(model, _Backend(model, options), whole, dynamic)
     return model
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Capture", "captured", "own_cache"]
+__all__ = ["Capture", "captured", "compile_call"]
 
 RECOMPILE_LIMIT = 64
 """Graphs per frame: layers sharing a frame need one per distinct rule, times the shapes seen."""
@@ -37,13 +37,7 @@ class Capture:
         return self._call(*args, **kwargs)
 
     def _compile(self) -> Callable[..., Any]:
-        return torch.compile(  # type: ignore[no-any-return]
-            self._model._call_impl,
-            backend=self._backend,
-            fullgraph=self.fullgraph,
-            dynamic=False,
-            **own_cache(),
-        )
+        return compile_call(self._model, self._backend, self.fullgraph, dynamic=False)
 
 
 @contextmanager
@@ -58,12 +52,24 @@ def captured(model: nn.Module, backend: Callable[..., Any]) -> Iterator[Capture]
         model._compiled_call_impl = previous
 
 
-def own_cache() -> dict[str, Any]:
-    """Arguments of ``torch.compile`` that give a compile its own cache, where torch knows them.
+def compile_call(
+    model: nn.Module, backend: Callable[..., Any], fullgraph: bool, dynamic: bool | None
+) -> Callable[..., Any]:
+    """``torch.compile`` of calling ``model``, for its ``_compiled_call_impl``.
 
-    Dynamo counts recompiles per code object, and every module compiled in place has the same one,
-    ``Module._call_impl``: sharing it, the ninth model or plan of a process fails.
+    ``nn.Module.compile`` hands Dynamo a function it skips: hooks of the model then run outside the
+    graph, and numbers they leave for it become constants, whatever ``dynamic`` says. Here they are
+    traced. Recompiles are counted per code object; with a cache shared by all models, the ninth
+    model or plan of a process would fail, so each call has its own where torch offers that.
     """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model._call_impl(*args, **kwargs)
+
     wanted = {"isolate_recompiles": True, "recompile_limit": RECOMPILE_LIMIT}
     known = inspect.signature(torch.compile).parameters
-    return {name: value for name, value in wanted.items() if name in known}
+    cache: dict[str, Any] = {name: value for name, value in wanted.items() if name in known}
+    compiled: Callable[..., Any] = torch.compile(
+        call, backend=backend, fullgraph=fullgraph, dynamic=dynamic, **cache
+    )
+    return compiled

@@ -1,6 +1,7 @@
 """What every pass needs to know about a Dynamo graph (before AOT: one node per attention call)."""
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -121,9 +122,11 @@ def layer_fqn(node: fx.Node, names: Mapping[int, str] | None) -> str | None:
 
 
 def _clean(path: str) -> str:
-    # "L['self']._modules['blocks']._modules['0'].attn1" and "L['self'].blocks.0.attn1"
-    path = path.replace("._modules['", ".").replace("']", "").replace("[", ".")
-    return path.partition(".")[2] if path.startswith("L") else path
+    # "L['self'].blocks.0.attn1", "L['args'][0]._modules['blocks']._modules['0'].attn1",
+    # "L['self'].__dict__['_modules']['blocks'].0.attn1"
+    path = re.sub(r"^L\['\w+'\](\[\w+\])*", "", path)
+    path = re.sub(r"\.(_modules|__dict__\['_modules'\])\['(\w+)'\]", r".\2", path)
+    return re.sub(r"\[(\d+)\]", r".\1", path).removeprefix(".")
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:

@@ -68,8 +68,8 @@ def mark_planned_sites(
     missing = [name for name in rules if name not in marked]
     if missing:
         raise PlanMismatchError(
-            f"expected the planned sites {', '.join(missing)}, found no self-attention of theirs in "
-            "this graph: the model was captured in parts, wrapped by hooks, or is another one. Use "
+            f"expected the planned sites {', '.join(missing)}, found no self-attention of theirs "
+            "in this graph: the model was captured in parts, is wrapped by hooks, or another. Use "
             "evdit_opt.apply_plan(model, plan) instead of torch.compile(..., backend='evdit')"
         )
 

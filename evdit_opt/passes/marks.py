@@ -201,9 +201,9 @@ def _mark_input(
             return args, kwargs  # observing only: who observes notices that this site never called
         raise PlanMismatchError(
             f"expected site {site.name} to run in a compiled graph, it was executed eagerly, where "
-            "its sparse attention cannot be applied. Call the whole model rather than its parts; if "
-            "it is a copy of an optimized model, restore it and apply the plan to it; if Dynamo hit "
-            "its recompile limit, use fewer shapes or fewer distinct rules"
+            "its sparse attention cannot be applied. Call the whole model rather than its "
+            "parts; if it is a copy of an optimized model, restore it and apply the plan to it; if "
+            "Dynamo hit its recompile limit, use fewer shapes or fewer distinct rules"
         )
     live = site.live
     facts = (site.spec, live.frames, live.tokens_per_frame, site.index)
