@@ -1,5 +1,6 @@
 """optimize, make_plan, apply_plan, restore on a small random Wan, and each wrong input."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ CONFIG = Config(
     windows=(0,),
     min_tokens=16,
     verify_prompts=1,
+    weightings=("none",),
     inner="eager",
     progress=False,
 )
@@ -42,6 +44,13 @@ def run(model: nn.Module, call: dict[str, Any]) -> torch.Tensor:
         return model(**call)[0]
 
 
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    """Calibrated once: both weightings, searched and uniform."""
+    config = replace(CONFIG, weightings=("none", "balanced"))
+    return evdit_opt.make_plan(WAN.model(), calls(), config)
+
+
 def test_optimize_returns_the_same_module_and_makes_it_sparse():
     model, call = WAN.model(), calls()[0]
     dense = run(model, call)
@@ -53,11 +62,7 @@ def test_optimize_returns_the_same_module_and_makes_it_sparse():
     assert torch.equal(run(model, call), dense)
 
 
-def test_make_plan_leaves_the_model_dense_and_records_its_evidence():
-    model, call = WAN.model(), calls()[0]
-    dense = run(model, call)
-    plan = evdit_opt.make_plan(model, calls(), CONFIG)
-    assert torch.equal(run(model, call), dense)
+def test_a_plan_records_its_evidence(plan):
     assert [site.name for site in plan.sites] == list(WAN.sites)
     assert plan.grid == GRID
     assert plan.calibration.prompt_count == 3
@@ -68,13 +73,15 @@ def test_make_plan_leaves_the_model_dense_and_records_its_evidence():
         assert site.rule is not None
 
 
-def test_calibration_is_deterministic():
-    plans = [evdit_opt.make_plan(WAN.model(), calls(), CONFIG) for _ in range(2)]
-    assert plans[0] == plans[1]
+def test_calibration_is_deterministic_and_leaves_the_model_dense(plan):
+    model, call = WAN.model(), calls()[0]
+    dense = run(model, call)
+    config = replace(CONFIG, weightings=("none", "balanced"))
+    assert evdit_opt.make_plan(model, calls(), config) == plan
+    assert torch.equal(run(model, call), dense)
 
 
-def test_a_saved_plan_gives_the_same_numbers_in_another_model(tmp_path):
-    plan = evdit_opt.make_plan(WAN.model(), calls(), CONFIG)
+def test_a_saved_plan_gives_the_same_numbers_in_another_model(plan, tmp_path):
     plan.save(tmp_path / "wan.evdit.json")
     call = calls()[0]
     outputs = [
@@ -85,7 +92,7 @@ def test_a_saved_plan_gives_the_same_numbers_in_another_model(tmp_path):
 
 
 def test_a_density_is_reached_or_the_sparsest_there_is():
-    config = Config(**{**_fields(CONFIG), "density": 0.5, "references": (1, 2, 3)})
+    config = replace(CONFIG, density=0.5, references=(1, 2, 3))
     plan = evdit_opt.make_plan(WAN.model(), calls(), config)
     assert plan.density <= 0.5
 
@@ -131,7 +138,7 @@ def test_an_image_model_is_refused():
 def test_short_sequences_stay_dense_with_the_reason(caplog):
     model, call = WAN.model(), calls()[0]
     dense = run(model, call)
-    config = Config(**{**_fields(CONFIG), "min_tokens": 1000})
+    config = replace(CONFIG, min_tokens=1000)
     plan = evdit_opt.make_plan(model, calls(), config)
     assert not plan.rules
     assert all("min_tokens = 1000" in site.reason for site in plan.sites)
@@ -141,21 +148,18 @@ def test_short_sequences_stay_dense_with_the_reason(caplog):
 
 
 def test_a_threshold_nothing_meets_leaves_it_dense():
-    plan = evdit_opt.make_plan(
-        WAN.model(), calls(), Config(**{**_fields(CONFIG), "threshold": 1e-9})
-    )
+    plan = evdit_opt.make_plan(WAN.model(), calls(), replace(CONFIG, threshold=1e-9))
     assert not plan.rules
     assert all("the best rule errs by" in site.reason for site in plan.sites)
 
 
-def test_optimizing_twice_is_an_error():
-    model = evdit_opt.optimize(WAN.model(), calls(), CONFIG)
+def test_optimizing_twice_is_an_error(plan):
+    model = evdit_opt.apply_plan(WAN.model(), plan, inner="eager")
     with pytest.raises(AlreadyOptimizedError, match="restore"):
         evdit_opt.optimize(model, calls(), CONFIG)
 
 
-def test_a_plan_of_another_model_is_an_error():
-    plan = evdit_opt.make_plan(WAN.model(), calls(), CONFIG)
+def test_a_plan_of_another_model_is_an_error(plan):
     with pytest.raises(PlanMismatchError, match="WanTransformer3DModel"):
         evdit_opt.apply_plan(BY_NAME["cogvideox"].model(), plan)
 
@@ -176,7 +180,3 @@ def test_a_floor_that_cannot_be_met_raises_with_the_best_plan(monkeypatch):
     with pytest.raises(QualityFloorError, match="floor 99") as caught:
         evdit_opt.make_plan(WAN.model(), calls(), CONFIG)
     assert isinstance(caught.value.plan, Plan)
-
-
-def _fields(config: Config) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}

@@ -105,16 +105,18 @@ def _search(drafter: Drafter, errors: Errors, dense_runs: Sequence[torch.Tensor]
     threshold = config.threshold
     if config.density is not None:
         threshold = threshold_for_density(first, config.density, config.max_distinct_rules)
-    density = mean_density(choose_rules(first, threshold, config.max_distinct_rules))
+    choice = choose_rules(first, threshold, config.max_distinct_rules)
+    if not any(choice.values()):
+        return _Found(drafter.draft(choice, first, threshold), config.weightings[0], False)
+    density = mean_density(choice)
     options = [
         _Found(_at_density(drafter, errors, density, weighting, uniform), weighting, uniform)
         for weighting in config.weightings
         for uniform in (False, True)
     ]
-    options = [option for option in options if option.plan.rules]
-    if not options:
-        return _Found(drafter.draft({}, first, threshold), config.weightings[0], False)
-
+    # Small searches often agree; one run per different plan is enough, and the first name stays.
+    options = list({option.plan.fingerprint(): option for option in reversed(options)}.values())
+    options = [option for option in reversed(options) if option.plan.rules]
     items = drafter.denoiser.items[: min(config.trial_prompts, len(dense_runs))]
     plans = [(option.name, option.plan) for option in options]
     trials = try_plans(drafter.denoiser, plans, items, dense_runs, config)

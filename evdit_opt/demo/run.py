@@ -28,7 +28,7 @@ from evdit_opt.quality import compare
 from evdit_opt.timing import interleaved_ms
 from evdit_opt.versions import installed_versions
 
-__all__ = ["DEMO_CONFIG", "run_demo"]
+__all__ = ["DEMO_CONFIG", "make_report", "paper_plan", "run_demo"]
 
 CALIBRATION_PROMPTS = tuple(label.caption() for label in TRAINED[:: len(TRAINED) // 4][:4])
 DEMO_CONFIG = Config(
@@ -83,7 +83,7 @@ def run_demo(
         name: _generate(pipe, prompts, steps, seed, f"{name} clips")
         for name, pipe in (("dense", dense), ("optimized", optimized), ("uniform", uniform))
     }
-    report = _report(plan, paper, speed, videos, prompts, steps, seed)
+    report = make_report(plan, paper, speed, videos, prompts, steps, seed)
     rows = {
         "dense": videos["dense"][:SHOWN],
         f"evdit, density {plan.density:.2f}": videos["optimized"][:SHOWN],
@@ -150,7 +150,7 @@ def _generate(
     ]
 
 
-def _report(
+def make_report(
     plan: Plan,
     paper: Plan,
     speed: dict[str, float],
@@ -159,6 +159,17 @@ def _report(
     steps: int,
     seed: int,
 ) -> dict[str, Any]:
+    """The content of ``report.json``.
+
+    Args:
+        plan: what was applied.
+        paper: the uniform baseline.
+        speed: as :func:`measure_step` returns it.
+        videos: clips per variant, "dense", "optimized" and "uniform", one per prompt.
+        prompts: what the clips were asked to show.
+        steps: denoising steps of a clip.
+        seed: seed of the first clip.
+    """
     quality = compare(videos["optimized"], videos["dense"])
     baseline = compare(videos["uniform"], videos["dense"])
     accuracy = {name: caption_accuracy(clips, prompts) for name, clips in videos.items()}
