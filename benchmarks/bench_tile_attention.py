@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -117,15 +118,22 @@ def bench(
 
 def exponent(arguments: argparse.Namespace, references: int) -> dict[str, object]:
     """Least squares slope of log(time) over log(frames) at one rule: 1 is linear, dense is 2."""
-    frames = (8, 12, 16, 24, 32)
-    times = []
+    frames, tokens, heads, head_dim = (8, 12, 16, 24, 32), 256, 4, 64
+    calls: Contenders = {}
     for count in frames:
-        row = bench(arguments, count, 256, 4, 64, "float32", Rule(references), peers=False)
-        times.append(row["results"]["decomposed"]["min_ms"])  # type: ignore[index]
+        layout = TokenLayout(VideoGrid(count, tokens, 1))
+        q, k, v = (
+            torch.randn(1, layout.seq_len, heads, head_dim, device=arguments.device)
+            .transpose(1, 2) for _ in range(3)
+        )  # fmt: skip
+        call = partial(tile_attention, q, k, v, Rule(references).mask(count), layout)
+        calls[str(count)] = partial(call, impl="decomposed")
+    seconds = measure(calls, arguments.rounds, arguments.clock, arguments.device)
+    times = [1e3 * min(own) for own in seconds.values()]
     x, y = torch.tensor(frames).double().log(), torch.tensor(times).double().log()
     slope = (((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()).item()
     print(f"references {references}: time grows as frames ** {slope:.3f}", flush=True)
-    return {"references": references, "tokens": 256, "frames": frames, "min_ms": times,
+    return {"references": references, "tokens": tokens, "frames": frames, "min_ms": times,
             "exponent": slope}  # fmt: skip
 
 

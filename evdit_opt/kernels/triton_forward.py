@@ -154,7 +154,7 @@ def _attend_block(
     HEAD_DIM: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over keys start .. start + count (BLOCK_N, fewer if MASKED)."""
+    """One step of the online softmax over keys start .. start + count (BLOCK_N unless MASKED)."""
     offsets = tl.arange(0, BLOCK_N)
     columns_0 = tl.arange(0, PART_0)
     mask_0: tl.constexpr = PART_0 > HEAD_DIM

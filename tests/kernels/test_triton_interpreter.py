@@ -38,8 +38,8 @@ def check(case: Case) -> None:
 
 
 # Small: the interpreter takes about 5 ms per pair of query and key blocks.
-@given(cases((torch.float32, torch.float16), max_frames=5, max_tokens=250))
-@settings(max_examples=15)
+@given(cases((torch.float32, torch.float16), max_frames=4, max_tokens=140))
+@settings(max_examples=10)
 def test_interpreted_kernel_is_exact(case: Case) -> None:
     check(case)
 
@@ -55,7 +55,7 @@ def test_odd_head_dims(head_dim: int) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("block_m", "block_n"), [(128, 64), (64, 128), (32, 32)])
+@pytest.mark.parametrize(("block_m", "block_n"), [(128, 64), (64, 128), (32, 64)])
 def test_other_block_sizes(block_m: int, block_n: int) -> None:
     config = triton_forward.LaunchConfig(
         block_m=block_m, block_n=block_n, num_warps=4, num_stages=1
@@ -63,8 +63,8 @@ def test_other_block_sizes(block_m: int, block_n: int) -> None:
     with mock.patch.object(triton_forward, "INTERPRETER_CONFIG", config):
         check(
             Case(
-                mask=Rule(1).mask(3), layout=TokenLayout(VideoGrid(3, 131, 1), suffix=77), batch=1,
-                heads=2, kv_heads=1, head_dim=32, dtype=torch.float32, kind="transposed",
+                mask=Rule(1).mask(3), layout=TokenLayout(VideoGrid(3, 131, 1), suffix=7), batch=1,
+                heads=1, kv_heads=1, head_dim=32, dtype=torch.float32, kind="transposed",
                 padding="none", scale=None, seed=2,
             )
         )  # fmt: skip
