@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from evdit_opt.backend import Inner, Options, compile_graph
 from evdit_opt.errors import AlreadyOptimizedError, PlanMismatchError, UnsupportedInputError
-from evdit_opt.passes.capture import compile_call
+from evdit_opt.passes.capture import compile_call, restore_call
 from evdit_opt.passes.marks import RootMark, SiteSpec, add_marks
 from evdit_opt.passes.swap_attention import SiteOutcome
 from evdit_opt.plan import Plan
@@ -89,7 +89,7 @@ def apply_plan(
         plan=plan,
         inner=options.inner_name,
         impl=impl,
-        previous_call=model._compiled_call_impl,
+        previous_call=vars(model).get("_compiled_call_impl"),
     )
     model._evdit = applied  # type: ignore[assignment]
     if not plan.rules:
@@ -106,7 +106,7 @@ def restore(model: Model) -> Model:
     """
     applied = _applied(model)
     applied.remove()
-    model._compiled_call_impl = applied.previous_call
+    restore_call(model, applied.previous_call)
     del model._evdit
     return model
 

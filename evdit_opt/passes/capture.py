@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Capture", "captured", "compile_call"]
+__all__ = ["Capture", "captured", "compile_call", "restore_call"]
 
 RECOMPILE_LIMIT = 64
 """Graphs per frame: layers sharing a frame need one per distinct rule, times the shapes seen."""
@@ -43,12 +43,20 @@ class Capture:
 @contextmanager
 def captured(model: nn.Module, backend: Callable[..., Any]) -> Iterator[Capture]:
     """Let every call of ``model`` go through ``backend``, whoever calls it; undone at the end."""
-    previous = model._compiled_call_impl
+    previous = vars(model).get("_compiled_call_impl")
     capture = Capture(model, backend)
     model._compiled_call_impl = capture  # what nn.Module.compile sets
     try:
         yield capture
     finally:
+        restore_call(model, previous)
+
+
+def restore_call(model: nn.Module, previous: Callable[..., Any] | None) -> None:
+    """Give a model back the compiled call it had, or none."""
+    if previous is None:
+        vars(model).pop("_compiled_call_impl", None)  # what is left is the class's: None
+    else:
         model._compiled_call_impl = previous
 
 

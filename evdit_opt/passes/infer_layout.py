@@ -65,7 +65,8 @@ def infer_layout(
     The grid is the caller's word, else what patch size and input shape (or num_frames, height and
     width) say. The probe then checks it: with all attention muted, so that tokens do not mix, one
     latent voxel is changed at four corners of the clip; the one token that moves at each site says
-    where that patch lies in its sequence. A reading that the probe contradicts is refused.
+    where that patch lies in its sequence. A reading that the probe contradicts is refused;
+    where it cannot tell, the likeliest reading counts if its length fits.
 
     Args:
         model: the denoiser, dense.
@@ -80,6 +81,7 @@ def infer_layout(
     arguments = bind_arguments(model, args, kwargs)
     video = video_input(model, args, kwargs)
     tried = []
+    probed: list[InferredLayout] = []
     for source in grid_sources(model, video, arguments):
         found = source.read(arguments) if _fits(source, arguments) else None
         if found is None or (grid is not None and found != grid):
@@ -87,9 +89,13 @@ def infer_layout(
             continue
         seen = _probe(model, sites.names, arguments, video, source, found)
         result = _judge(seen, sites.names, source, found)
-        if result.layouts:
+        if "probe" in result.evidence.values():
             return result
-        tried.append(f"{found} by {source}: {'; '.join(dict.fromkeys(result.refused.values()))}")
+        probed.append(result)
+        reasons = dict.fromkeys(result.refused.values()) or ["only the length fits"]
+        tried.append(f"{found} by {source}: {'; '.join(reasons)}")
+    if probed and probed[0].layouts:
+        return probed[0]
     raise LayoutError(
         f"expected the token grid of {type(model).__name__} to follow from its arguments"
         f"{'' if grid is None else f' and to be {grid}'}, no reading fits: "

@@ -87,6 +87,6 @@ def _read_grid(graph: fx.Graph, plan: "Plan") -> VideoGrid:
         raise LayoutError(
             f"expected one 5-D input named {source.input!r} to read the grid from, found "
             f"{', '.join(inputs) or 'none'}; pass options={{'layout': VideoGrid(frames, height, "
-            "width)}} or use evdit_opt.apply_plan(model, plan)"
+            "width)} or use evdit_opt.apply_plan(model, plan)"
         )
     return source.read({source.input: found[0]})

@@ -1,0 +1,96 @@
+"""The probe on toy models: what it proves, what it refuses, where it abstains."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from evdit_opt.errors import LayoutError
+from evdit_opt.grid import TokenLayout, VideoGrid
+from evdit_opt.passes.find_attention import find_attention
+from evdit_opt.passes.infer_layout import InferredLayout, infer_layout
+from tests.models.toy_dit import GRID, SOURCE, ToyDiT, toy_inputs
+
+
+class WidthFirst(ToyDiT):
+    """Tokens in the order width, height, frames."""
+
+    def forward(self, hidden_states: Tensor, text: Tensor) -> Tensor:
+        x = self.embed(hidden_states).permute(0, 4, 3, 2, 1).flatten(1, 3)
+        return self.blocks[0].attn1(x)
+
+
+class Mixing(ToyDiT):
+    """Every token depends on the mean of all before the first attention."""
+
+    def forward(self, hidden_states: Tensor, text: Tensor) -> Tensor:
+        x = self.embed(hidden_states).flatten(2).transpose(1, 2)
+        x = x + x.mean(1, keepdim=True)
+        if self.breaks:
+            x = torch.cat([self.text(text), x], 1)
+        return self.blocks[0].attn1(x)
+
+
+class Sandwich(ToyDiT):
+    """Text on both sides of the video."""
+
+    def forward(self, hidden_states: Tensor, text: Tensor) -> Tensor:
+        x = self.embed(hidden_states).flatten(2).transpose(1, 2)
+        context = self.text(text)
+        return self.blocks[0].attn1(torch.cat([context[:, :2], x, context[:, 2:]], 1))
+
+
+class Deaf(ToyDiT):
+    """Attention over as many tokens as the video has, none of them video."""
+
+    def forward(self, hidden_states: Tensor, text: Tensor) -> Tensor:
+        x = self.embed(hidden_states).flatten(2).transpose(1, 2)
+        return self.blocks[0].attn1(x * 0 + 1)
+
+
+def infer(model: ToyDiT, grid: VideoGrid | None = None, **call: int) -> InferredLayout:
+    torch.manual_seed(0)
+    inputs = toy_inputs(**call)
+    return infer_layout(model, find_attention(model, (), inputs), (), inputs, grid)
+
+
+@pytest.mark.parametrize("breaks", [False, True], ids=["fullgraph", "graph-breaks"])
+def test_every_layer_is_proven(breaks: bool) -> None:
+    found = infer(ToyDiT(3, breaks=breaks))
+    assert found.source == SOURCE
+    assert dict(found.layouts) == {f"blocks.{n}.attn1": TokenLayout(GRID) for n in range(3)}
+    assert set(found.evidence.values()) == {"probe"}
+
+
+def test_text_on_both_sides() -> None:
+    assert dict(infer(Sandwich()).layouts) == {"blocks.0.attn1": TokenLayout(GRID, 2, 3)}
+
+
+def test_another_token_order_is_refused() -> None:
+    with pytest.raises(LayoutError, match="frame-major"):
+        infer(WidthFirst())
+
+
+def test_attention_that_never_sees_the_video_is_refused() -> None:
+    with pytest.raises(LayoutError, match="not attention over video"):
+        infer(Deaf())
+
+
+def test_where_tokens_mix_early_the_length_must_do() -> None:
+    found = infer(Mixing())
+    assert dict(found.evidence) == {"blocks.0.attn1": "length"}
+
+
+def test_where_tokens_mix_early_text_cannot_be_placed() -> None:
+    with pytest.raises(LayoutError, match="cannot tell where they lie"):
+        infer(Mixing(breaks=True))
+
+
+def test_the_callers_word_is_checked() -> None:
+    assert infer(ToyDiT(1), grid=GRID).grid == GRID
+    with pytest.raises(LayoutError, match="to be VideoGrid"):
+        infer(ToyDiT(1), grid=VideoGrid(GRID.frames, GRID.width, GRID.height))
+
+
+def test_a_model_without_video_is_an_error() -> None:
+    with pytest.raises(LayoutError, match="5-D video latent"):
+        find_attention(torch.nn.Linear(2, 2), (torch.randn(1, 2),), {})
