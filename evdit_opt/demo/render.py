@@ -55,7 +55,7 @@ def write_masks(path: Path, plan: Plan) -> Path:
     columns = min(6, len(plan.sites))
     lines = -(-len(plan.sites) // columns)
     figure, axes = pyplot.subplots(
-        lines, columns, figsize=(2.1 * columns, 2.5 * lines), squeeze=False, layout="constrained"
+        lines, columns, figsize=(2.1 * columns, 2.8 * lines), squeeze=False, layout="constrained"
     )
     for axis in axes.flat:
         axis.axis("off")
@@ -66,7 +66,8 @@ def write_masks(path: Path, plan: Plan) -> Path:
         weight = np.where(bias == DROPPED, 0.0, 1.0 + bias)
         axis.imshow(weight, cmap="Blues", vmin=0.0, vmax=4.0, interpolation="nearest")
         name = "dense" if site.rule is None else site.rule.describe(frames)
-        axis.set_title(f"{site.name}\n{name}, {site.density:.0%}", fontsize=7)
+        title = [site.name, *textwrap.wrap(name, 24), f"{site.density:.0%}"]
+        axis.set_title("\n".join(title), fontsize=7)
         axis.set(xticks=[], yticks=[])
         axis.axis("on")
     figure.suptitle(
@@ -83,10 +84,9 @@ def _sheet(
     """The still part of the picture: captions above, titles at the left, room for the clips."""
     from PIL import Image, ImageDraw, ImageFont
 
-    even = lambda size: size + size % 2  # noqa: E731  (H.264 wants even sizes)
     size = (
-        even(TITLE_WIDTH + len(captions) * (width + MARGIN)),
-        even(CAPTION_HEIGHT + len(rows) * (height + MARGIN)),
+        _whole_blocks(TITLE_WIDTH + len(captions) * (width + MARGIN)),
+        _whole_blocks(CAPTION_HEIGHT + len(rows) * (height + MARGIN)),
     )
     picture = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(picture)
@@ -98,6 +98,11 @@ def _sheet(
         text = "\n".join(textwrap.wrap(title, TITLE_WIDTH // 7))
         draw.text((4, CAPTION_HEIGHT + row * (height + MARGIN) + height // 3), text, INK, font=font)
     return np.asarray(picture)
+
+
+def _whole_blocks(pixels: int) -> int:
+    """``pixels`` rounded up to the 16 x 16 blocks of H.264."""
+    return -(-pixels // 16) * 16
 
 
 def _fill(sheet: np.ndarray, rows: Mapping[str, Sequence[np.ndarray]], frame: int) -> np.ndarray:

@@ -1,7 +1,6 @@
 """``evdit demo``: the whole job on TinyWan, with its numbers and its shortfalls."""
 
 import json
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,8 +61,7 @@ def run_demo(
         The content of ``report.json``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for noisy in ("diffusers", "transformers"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    _quieten()
     optimized, dense, uniform = load_tinywan(), load_tinywan(), load_tinywan()
 
     plan = make_plan(optimized, CALIBRATION_PROMPTS, DEMO_CONFIG)
@@ -138,6 +136,16 @@ def measure_step(optimized: Any, dense: Any, plan: Plan) -> dict[str, float]:
                 "attention": lambda: [call() for call in attention],
             }
         )
+
+
+def _quieten() -> None:
+    """No loading bars and deprecation notes of diffusers between the lines of the story."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 def _generate(
@@ -237,12 +245,13 @@ def _layer_table(plan: Plan) -> Table:
     table = Table(
         title=f"TinyWan, {plan.grid.frames} latent frames x {plan.grid.tokens_per_frame} tokens"
     )
-    for column in ("layer", "mask", "density", "error", "why"):
-        table.add_column(column, justify="right" if column in ("density", "error") else "left")
+    for column in ("layer", "mask", "density", "error", "frame to frame"):
+        table.add_column(column, justify="left" if column in ("layer", "mask") else "right")
     for site in plan.sites:
         rule = "dense" if site.rule is None else site.rule.describe(plan.grid.frames)
-        error = next((e.output for e in site.errors if site.rule and e.rule == rule), 0.0)
-        table.add_row(site.name, rule, f"{site.density:.3f}", f"{error:.3f}", site.reason)
+        found = next((e for e in site.errors if site.rule and e.rule == rule), None)
+        errors = (f"{found.output:.3f}", f"{found.temporal:.3f}") if found else ("0", "0")
+        table.add_row(site.name, rule, f"{site.density:.3f}", *errors)
     return table
 
 
@@ -258,8 +267,8 @@ def _tell(report: dict[str, Any], folder: Path, console: Console) -> None:
         console.print(f"[bold yellow]missed:[/] {shortfall}")
     console.print(
         f"TinyWan's {len(report['rules'])} attention layers compute {report['density']:.0%} of "
-        f"their tiles: a transformer step is {report['step_speedup']:.2f}x faster, PSNR to the dense "
-        f"clips {report['psnr_db']:.1f} dB (see {folder / 'side_by_side.gif'})."
+        f"their tiles: a transformer step is {report['step_speedup']:.2f}x faster, PSNR to the "
+        f"dense clips {report['psnr_db']:.1f} dB (see {folder / 'side_by_side.gif'})."
     )
     console.print(
         "Next: evdit_opt.optimize(pipe, prompts) on your own diffusers pipeline; "

@@ -12,8 +12,8 @@ from tests.plans import PLAN
 
 DEMO_PLAN = replace(PLAN, grid=VideoGrid(17, 10, 10))
 KEYS = (
-    "density attention_share step_ms_dense step_ms_optimized step_speedup ideal_step_speedup psnr_db "
-    "ssim flicker_ratio caption_accuracy_dense caption_accuracy_optimized clips versions"
+    "density attention_share step_ms_dense step_ms_optimized step_speedup ideal_step_speedup "
+    "psnr_db ssim flicker_ratio caption_accuracy_dense caption_accuracy_optimized clips versions"
 ).split()
 
 
