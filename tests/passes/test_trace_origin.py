@@ -27,7 +27,7 @@ def test_one_projection_for_q_k_and_v() -> None:
 
 def test_rotary_products_are_no_projection() -> None:
     build, x = start()
-    angles = build.input("l_freqs_", 1, 24, 16)
+    angles = build.input("l_freqs_", 1, 16, 16)
     rotated = build.call(torch.matmul, build.linear(x), build.call(torch.cos, angles))
     assert trace_origin(rotated).roots == {x}
 
