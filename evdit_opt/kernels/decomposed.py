@@ -132,12 +132,8 @@ def _dense_rows(call: _Call, plan: Decomposition) -> None:
     if not ranges:
         return
     out, lse = attend(take(call.q, ranges), call.k, call.v, call.bias, call.scale)
-    offset = 0
-    for start, stop in ranges:
-        rows = slice(offset, offset + stop - start)
-        call.out[:, :, start:stop] = out[:, :, rows]
-        call.lse[:, :, start:stop] = lse[:, :, rows]
-        offset += stop - start
+    _put(call.out, ranges, out)
+    _put(call.lse, ranges, lse)
 
 
 def _gather(call: _Call, plan: Decomposition, schedule: Schedule) -> None:
@@ -152,46 +148,62 @@ def _gather(call: _Call, plan: Decomposition, schedule: Schedule) -> None:
 
 
 def _merge(call: _Call, plan: Decomposition, schedule: Schedule) -> None:
-    """Sparse rows: own keys first, then every group of shared keys merged in by log-sum-exp."""
+    """Sparse rows: own keys first, then every group of shared keys merged in by log-sum-exp.
+
+    The sparse rows are copied next to one another, so that each group is one attention call and one
+    merge, however many dense rows lie between them.
+    """
     if not plan.runs:
         return
     geometry = call.geometry
     own = tuple(run for run in plan.runs if run.own)
     if own:
         _attend_runs(call, plan, None, own, max(run.count for run in own))
-    groups = [(geometry.ranges(group.keys), group.weights) for group in plan.shared]
-    if geometry.text:
-        plain = [n for n, (_, weights) in enumerate(groups) if not any(weights)]
-        text = geometry.text
-        if plain:
-            ranges, weights = groups[plain[0]]
-            groups[plain[0]] = (ranges + text, weights)
-        else:
-            groups.append((text, (0.0,) * plan.sparse_rows))
-    started = set(own)
-    for ranges, weights in groups:
+    for run in plan.runs:
+        if not run.own:
+            rows = slice(geometry.token(run.first), geometry.token(run.first + run.count))
+            call.out[:, :, rows] = 0.0
+            call.lse[:, :, rows] = -math.inf
+    may_be_empty = call.bias is not None or len(own) < len(plan.runs)
+
+    sparse = geometry.ranges([(run.first, run.first + run.count) for run in plan.runs])
+    q, out, lse = (take(x, sparse) for x in (call.q, call.out, call.lse.unsqueeze(-1)))
+    lse = lse.squeeze(-1)
+    for ranges, weights in _shared_groups(plan, geometry):
         k, v = take(call.k, ranges), take(call.v, ranges)
         bias = None
         if call.bias is not None:
             bias = take(call.bias.transpose(2, 3), ranges).transpose(2, 3)
-        for span in plan.spans:
-            last = span[-1]
-            start, stop = geometry.token(span[0].first), geometry.token(last.first + last.count)
-            out, lse = attend(call.q[:, :, start:stop], k, v, bias, call.scale)
-            span_weights = weights[span[0].position : last.position + last.count]
-            if any(span_weights):
-                shift = lse.new_tensor(span_weights).repeat_interleave(geometry.tokens)
-                lse = lse + shift
-            for run in span:
-                rows = slice(geometry.token(run.first), geometry.token(run.first + run.count))
-                part = slice(rows.start - start, rows.stop - start)
-                into = call.out[:, :, rows], call.lse[:, :, rows]
-                if run in started:
-                    _merge_into(*into, out[:, :, part], lse[:, :, part], call.bias is not None)
-                else:
-                    into[0].copy_(out[:, :, part])
-                    into[1].copy_(lse[:, :, part])
-        started = set(plan.runs)
+        part, part_lse = attend(q, k, v, bias, call.scale)
+        if any(weights):
+            per_row = part_lse.unflatten(2, (len(weights), geometry.tokens))
+            part_lse = (per_row + per_row.new_tensor(weights)[:, None]).flatten(2)
+        _merge_into(out, lse, part, part_lse, may_be_empty)
+    if len(sparse) > 1:  # otherwise out and lse are views, written already
+        _put(call.out, sparse, out)
+        _put(call.lse, sparse, lse)
+
+
+def _shared_groups(
+    plan: Decomposition, geometry: Geometry
+) -> list[tuple[list[tuple[int, int]], tuple[float, ...]]]:
+    """Token ranges and log-weight per sparse row of every group of shared keys, text included."""
+    groups = [(geometry.ranges(group.keys), group.weights) for group in plan.shared]
+    if geometry.text:
+        plain = next((n for n, (_, weights) in enumerate(groups) if not any(weights)), None)
+        if plain is None:
+            groups.append((geometry.text, (0.0,) * plan.sparse_rows))
+        else:
+            groups[plain] = (groups[plain][0] + geometry.text, groups[plain][1])
+    return groups
+
+
+def _put(into: Tensor, ranges: list[tuple[int, int]], rows: Tensor) -> None:
+    """Write rows that lie next to one another back to their token ranges."""
+    offset = 0
+    for start, stop in ranges:
+        into[:, :, start:stop] = rows[:, :, offset : offset + stop - start]
+        offset += stop - start
 
 
 def _merge_into(
