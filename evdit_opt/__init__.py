@@ -1,4 +1,4 @@
-"""Faster video diffusion transformers: tile-sparse 3D attention, chosen per layer by calibration."""
+"""Faster video diffusion transformers: tile-sparse 3D attention, calibrated layer by layer."""
 
 from evdit_opt.api import apply_plan, make_plan, optimize, restore
 from evdit_opt.config import Config
