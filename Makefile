@@ -13,7 +13,7 @@ demo: .venv/installed
 
 test: export OMP_NUM_THREADS := 1
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .
