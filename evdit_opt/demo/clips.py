@@ -144,15 +144,21 @@ def sample_clip(seed: int, label: Label | None = None) -> Clip:
     )
 
 
-def draw_clip(clip: Clip, frames: int = FRAMES, size: int = SIZE) -> np.ndarray:
-    """Draw a clip, [frames, height, width, 3] float32 in 0..1."""
+def draw_clip(clip: Clip, lead: int = 0) -> np.ndarray:
+    """Draw a clip, [lead + 33, height, width, 3] float32 in 0..1.
+
+    Args:
+        clip: what to draw.
+        lead: frames to draw before the first one, the motion continued backwards.
+    """
+    frames, size = lead + FRAMES, SIZE
     rows, columns = np.mgrid[0:size, 0:size].astype(np.float32)
     light = 1 - clip.contrast * (0.6 * rows + 0.4 * columns) / (size - 1)  # [height, width]
     backdrop = light[..., None] * np.asarray(clip.tint, np.float32)  # [height, width, 3]
     colour = np.asarray(COLOURS[clip.label.colour], np.float32) * clip.shade
     x_step, y_step = DIRECTIONS[clip.label.direction]
     video = np.empty((frames, size, size, 3), np.float32)
-    for frame, progress in enumerate(np.linspace(-0.5, 0.5, frames)):
+    for frame, progress in enumerate(np.linspace(-0.5 - lead / (FRAMES - 1), 0.5, frames)):
         distance = shape_distance(
             clip.label.shape,
             columns - clip.centre[0] - x_step * clip.travel * progress,

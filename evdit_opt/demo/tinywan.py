@@ -28,7 +28,7 @@ TINYWAN_CALL: dict[str, Any] = {
     "height": SIZE,
     "width": SIZE,
     "max_sequence_length": 16,
-    "guidance_scale": 2.5,
+    "guidance_scale": 2.0,
 }
 """Keyword arguments for calling the pipeline at the size it was trained for."""
 
@@ -48,7 +48,7 @@ def load_tinywan() -> WanPipeline:
             f"expected TinyWan's weights in {WEIGHTS}, found none; "
             "train them with `python -m evdit_opt.demo.train all`"
         )
-    pipeline = WanPipeline.from_pretrained(WEIGHTS, torch_dtype=torch.float32)
+    pipeline = WanPipeline.from_pretrained(WEIGHTS).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

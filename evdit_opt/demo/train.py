@@ -1,10 +1,10 @@
 """Train TinyWan from scratch: `python -m evdit_opt.demo.train all`.
 
 Stages, each resumable at any moment (also after kill -9):
-    vae          train the autoencoder
-    latents      encode clips into shards (may run beside the next two stages)
-    decoder      polish the decoder on the shards (may run beside the next stage)
-    transformer  train text encoder and transformer on the shards there are
+    latents      encode clips into shards (seconds)
+    decoder      train the decoder         } in any order,
+    encoder      train the encoder         } or side by side
+    transformer  train text encoder and transformer
     export       write the pipeline into the package
 """
 
@@ -30,14 +30,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "stage", choices=("vae", "latents", "decoder", "transformer", "export", "all")
+        "stage", choices=("latents", "decoder", "encoder", "transformer", "export", "all")
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/tinywan"))
     parser.add_argument("--target", type=Path, default=WEIGHTS)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--vae-steps", type=int, default=2200)
-    parser.add_argument("--decoder-steps", type=int, default=800)
-    parser.add_argument("--shards", type=int, default=100, help="64 clips each")
+    parser.add_argument("--autoencoder-steps", type=int, default=900)
+    parser.add_argument("--shards", type=int, default=40, help="64 clips each")
     parser.add_argument(
         "--phases",
         type=train_denoiser.parse_phases,
@@ -63,15 +62,13 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = train_denoiser.Recipe(
         **{name: getattr(options, name) for name in names if hasattr(options, name)}
     )
-    stages = ("vae", "latents", "decoder", "transformer", "export")
+    stages = ("vae", "latents", "decoder", "encoder", "transformer", "export")
     for stage in stages if options.stage == "all" else (options.stage,):
-        if stage == "vae":
-            train_autoencoder.train(options.folder, options.vae_steps)
-        elif stage == "latents":
+        if stage == "latents":
             for path in train_autoencoder.write_latents(options.folder, options.shards):
                 logger.info("wrote %s", path)
-        elif stage == "decoder":
-            train_autoencoder.polish_decoder(options.folder, options.decoder_steps)
+        elif stage in train_autoencoder.PARTS:
+            train_autoencoder.train(options.folder, stage, options.autoencoder_steps)
         elif stage == "transformer":
             for record in train_denoiser.train(options.folder, recipe):
                 logger.info("%s", record)

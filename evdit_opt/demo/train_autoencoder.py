@@ -1,4 +1,8 @@
-"""Stage one: train the autoencoder on small crops, then turn clips into shards of latents."""
+"""Stages one and two: write latents, and train the autoencoder's two halves to speak their code.
+
+The code is linear (linear_code.py), so latents need no trained autoencoder, and encoder, decoder
+and transformer can be trained side by side.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,8 @@ import numpy as np
 import torch
 
 from evdit_opt.demo import checkpoint
-from evdit_opt.demo.clips import FRAMES, SIZE, draw_clip, sample_clip
+from evdit_opt.demo.clips import draw_clip, sample_clip
+from evdit_opt.demo.linear_code import fit
 from evdit_opt.demo.tinywan import build_autoencoder
 
 if TYPE_CHECKING:
@@ -22,21 +27,108 @@ logger = logging.getLogger(__name__)
 
 VALIDATION_SEED = 9_000_000
 """First of the seeds that no training stage draws clips from."""
-KL_WEIGHT = 3e-5
-LONG_CROPS_FROM = 1500
-"""From this step on, crops outlast the memory of the causal convolutions, or colours drift."""
+PER_SHARD = 64
+PARTS = {"encoder": ("encoder.", "quant_conv."), "decoder": ("decoder.", "post_quant_conv.")}
+"""Names of the parameters of each half."""
 
 
-def draw_crops(seed: int, count: int, frames: int, size: int) -> torch.Tensor:
-    """Random space-time crops, [batch, channels, frames, height, width] in -1..1."""
-    random = np.random.default_rng(seed)
-    crops = []
-    for _ in range(count):
-        video = draw_clip(sample_clip(int(random.integers(VALIDATION_SEED))))
-        first = random.integers(FRAMES - frames + 1)
-        top, left = random.integers(SIZE - size + 1, size=2)
-        crops.append(video[first : first + frames, top : top + size, left : left + size])
-    return to_tensor(np.stack(crops))
+def write_latents(folder: Path, shards: int) -> Iterator[Path]:
+    """Encode clips into float16 shards; existing shards are kept, so this can be resumed."""
+    code = fit()
+    for shard in range(shards):
+        path = folder / "pool" / f"{shard:05d}.pt"
+        if path.exists():
+            continue
+        clips = [sample_clip(shard * PER_SHARD + index) for index in range(PER_SHARD)]
+        latents = np.stack([code.encode(draw_clip(clip)) for clip in clips])
+        checkpoint.save(
+            path,
+            {
+                "latents": torch.from_numpy(latents).half(),  # [clips, 8, 17, 20, 20]
+                "captions": [clip.caption for clip in clips],
+            },
+        )
+        yield path
+
+
+def train(folder: Path, part: str, steps: int, batch: int = 1, save_every: int = 50) -> None:
+    """Train the "encoder" or the "decoder" on stored latents, continuing from `folder`/<part>.pt.
+
+    The decoder sees slightly noisy latents, because generated ones are not exact either.
+    """
+    torch.manual_seed(0)
+    autoencoder = build_autoencoder()
+    trained = [p for n, p in autoencoder.named_parameters() if n.startswith(PARTS[part])]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
+    step, seconds = 0, 0.0
+    if state := checkpoint.load(folder / f"{part}.pt"):
+        autoencoder.load_state_dict(state["model"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        step, seconds = state["step"], state["seconds"]
+    started, losses = time.monotonic() - seconds, []
+    while step < steps:
+        torch.manual_seed(step)
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 50, 0.02 + 1.6 * (1 - step / steps))
+        latents, video = draw_window(folder, step, batch)
+        if part == "decoder":
+            difference = (
+                autoencoder.decode(latents + 0.04 * torch.randn_like(latents)).sample - video
+            )
+        else:
+            difference = autoencoder.encode(video).latent_dist.mode() - latents
+        error = difference.abs().mean() + difference.square().mean()
+        optimizer.zero_grad()
+        error.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        losses.append(float(error.detach()))
+        step += 1
+        if step % save_every == 0 or step == steps:
+            seconds = time.monotonic() - started
+            record = {
+                "stage": part,
+                "step": step,
+                "error": round(float(np.mean(losses)), 5),
+                "seconds": round(seconds),
+            }
+            losses.clear()
+            logger.info("%s", record)
+            checkpoint.append_line(folder / "log.jsonl", record)
+            own = {
+                name: value
+                for name, value in autoencoder.state_dict().items()
+                if name.startswith(PARTS[part])
+            }
+            state = {"model": own, "optimizer": optimizer.state_dict()}
+            checkpoint.save(folder / f"{part}.pt", {**state, "step": step, "seconds": seconds})
+
+
+def draw_window(folder: Path, step: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents [batch, 8, 17, 12, 12] and pixels [batch, 3, 33, 48, 48] of random windows."""
+    random = np.random.default_rng((2, step))
+    shards = sorted((folder / "pool").glob("*.pt"))
+    shard = shards[random.integers(len(shards))]
+    stored = torch.load(shard, weights_only=True)["latents"]
+    latents, videos = [], []
+    for row in random.integers(PER_SHARD, size=batch).tolist():
+        # of 20 latent rows and columns; clipping makes the true borders frequent
+        top, left = np.clip(random.integers(-4, 13, size=2), 0, 8)
+        latents.append(stored[row, :, :, top : top + 12, left : left + 12].float())
+        video = to_tensor(draw_clip(sample_clip(int(shard.stem) * PER_SHARD + row))[None])[0]
+        videos.append(video[..., 4 * top : 4 * top + 48, 4 * left : 4 * left + 48])
+    return torch.stack(latents), torch.stack(videos)
+
+
+def load_autoencoder(folder: Path) -> AutoencoderKLWan:
+    """Both trained halves, from `folder`/encoder.pt and `folder`/decoder.pt."""
+    autoencoder = build_autoencoder()
+    for part in PARTS:
+        state = checkpoint.load(folder / f"{part}.pt")
+        if state is None:
+            raise FileNotFoundError(f"expected {folder / part}.pt; run the {part} stage first")
+        autoencoder.load_state_dict(state["model"], strict=False)
+    return autoencoder.requires_grad_(False).eval()
 
 
 def to_tensor(videos: np.ndarray) -> torch.Tensor:
@@ -48,190 +140,3 @@ def psnr(left: torch.Tensor, right: torch.Tensor) -> float:
     """Peak signal-to-noise ratio in dB of two videos in -1..1."""
     error = (left.clamp(-1, 1) - right.clamp(-1, 1)).square().mean()
     return float(10 * torch.log10(4 / error))
-
-
-@torch.no_grad()
-def reconstruction_psnr(autoencoder: AutoencoderKLWan, count: int = 6) -> float:
-    """Mean PSNR in dB of whole validation clips after encoding and decoding."""
-    clips = [sample_clip(VALIDATION_SEED + index) for index in range(count)]
-    videos = [to_tensor(draw_clip(clip)[None]) for clip in clips]
-    decoded = [autoencoder.decode(autoencoder.encode(v).latent_dist.mode()).sample for v in videos]
-    return float(np.mean([psnr(*pair) for pair in zip(videos, decoded, strict=True)]))
-
-
-def train(folder: Path, steps: int, batch: int = 2, save_every: int = 100) -> None:
-    """Train until `steps`, continuing from `folder`/autoencoder.pt; the step chooses the data."""
-    torch.manual_seed(0)
-    autoencoder = build_autoencoder()
-    optimizer = torch.optim.AdamW(
-        autoencoder.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0
-    )
-    step, seconds = 0, 0.0
-    if state := checkpoint.load(folder / "autoencoder.pt"):
-        autoencoder.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, seconds = state["step"], state["seconds"]
-    started, losses = time.monotonic() - seconds, []
-    while step < steps:
-        torch.manual_seed(step)  # the noise of the latents
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 50, 0.02 + 2 * (1 - step / steps))
-        frames, size = (9, 48) if step < LONG_CROPS_FROM else (17, 40)
-        video = draw_crops(step, batch, frames, size)
-        posterior = autoencoder.encode(video).latent_dist
-        decoded = autoencoder.decode(posterior.sample()).sample
-        # mean of the pixel error over elements; KL per latent element
-        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        error = (decoded - video).abs().mean() + (decoded - video).square().mean()
-        optimizer.zero_grad()
-        (error + KL_WEIGHT * kl).backward()
-        torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
-        optimizer.step()
-        losses.append(float(error.detach()))
-        step += 1
-        if step % save_every == 0 or step == steps:
-            seconds = time.monotonic() - started
-            record = {
-                "stage": "autoencoder",
-                "step": step,
-                "error": round(float(np.mean(losses)), 5),
-                "kl": round(float(kl.detach()), 3),
-                "psnr": round(reconstruction_psnr(autoencoder, 2), 2),
-                "seconds": round(seconds),
-            }
-            losses.clear()
-            logger.info("%s", record)
-            checkpoint.append_line(folder / "log.jsonl", record)
-            checkpoint.save(
-                folder / "autoencoder.pt",
-                {
-                    "model": autoencoder.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": step,
-                    "seconds": seconds,
-                },
-            )
-
-
-def polish_decoder(folder: Path, steps: int, save_every: int = 50) -> None:
-    """Train the decoder alone on stored, slightly noisy latents; the latents stay as they are.
-
-    So this may run beside the transformer stage. Continues from `folder`/decoder.pt.
-    """
-    autoencoder = load_autoencoder(folder)
-    trained = (autoencoder.post_quant_conv, autoencoder.decoder)
-    parameters = [p.requires_grad_() for module in trained for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
-    step, seconds = 0, 0.0
-    if state := checkpoint.load(folder / "decoder.pt"):
-        optimizer.load_state_dict(state["optimizer"])
-        step, seconds = state["step"], state["seconds"]
-    mean, std = _statistics(autoencoder)
-    started, losses = time.monotonic() - seconds, []
-    while step < steps:
-        random = np.random.default_rng((2, step))
-        torch.manual_seed(step)
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, (step + 1) / 20, 0.02 + 1.5 * (1 - step / steps))
-        shards = sorted((folder / "latents").glob("*.pt"))
-        shard = int(random.integers(len(shards)))
-        latents = checkpoint.load(shards[shard])["latents"]
-        row = int(random.integers(len(latents)))
-        # 12 of 20 latent rows and columns; clipping makes the true borders frequent
-        top, left = np.clip(random.integers(-4, 13, size=2), 0, 8)
-        window = latents[row : row + 1, :, :, top : top + 12, left : left + 12].float()
-        window = (window + 0.05 * torch.randn_like(window)) * std + mean
-        video = to_tensor(draw_clip(sample_clip(shard * len(latents) + row))[None])
-        target = video[..., 4 * top : 4 * top + 48, 4 * left : 4 * left + 48]
-        decoded = autoencoder.decode(window).sample
-        error = (decoded - target).abs().mean() + (decoded - target).square().mean()
-        optimizer.zero_grad()
-        error.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        losses.append(float(error.detach()))
-        step += 1
-        if step % save_every == 0 or step == steps:
-            seconds = time.monotonic() - started
-            record = {
-                "stage": "decoder",
-                "step": step,
-                "error": round(float(np.mean(losses)), 5),
-                "psnr": round(reconstruction_psnr(autoencoder, 2), 2),
-                "seconds": round(seconds),
-            }
-            losses.clear()
-            logger.info("%s", record)
-            checkpoint.append_line(folder / "log.jsonl", record)
-            checkpoint.save(
-                folder / "decoder.pt",
-                {
-                    "model": autoencoder.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": step,
-                    "seconds": seconds,
-                },
-            )
-
-
-@torch.no_grad()
-def load_autoencoder(folder: Path, clips: int = 48) -> AutoencoderKLWan:
-    """The trained autoencoder with the per-channel mean and std of its latents in the config."""
-    state = checkpoint.load(folder / "autoencoder.pt")
-    if state is None:
-        raise FileNotFoundError(f"expected {folder / 'autoencoder.pt'}; run the vae stage first")
-    statistics = checkpoint.load(folder / "statistics.pt")
-    if statistics is None:
-        autoencoder = build_autoencoder()
-        autoencoder.load_state_dict(state["model"])
-        latents = torch.cat(
-            [
-                autoencoder.encode(to_tensor(draw_clip(sample_clip(seed))[None])).latent_dist.mode()
-                for seed in range(clips)
-            ]
-        )
-        statistics = {
-            "mean": latents.mean(dim=(0, 2, 3, 4)).tolist(),
-            "std": latents.std(dim=(0, 2, 3, 4)).tolist(),
-        }
-        checkpoint.save(folder / "statistics.pt", statistics)
-    autoencoder = build_autoencoder(tuple(statistics["mean"]), tuple(statistics["std"]))
-    polished = checkpoint.load(folder / "decoder.pt")  # same encoder, better decoder
-    autoencoder.load_state_dict((polished or state)["model"])
-    return autoencoder.requires_grad_(False).eval()
-
-
-def _statistics(autoencoder: AutoencoderKLWan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and std of the latents, each [1, channels, 1, 1, 1]."""
-    config = autoencoder.config
-    return (
-        torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1),
-        torch.tensor(config.latents_std).view(1, -1, 1, 1, 1),
-    )
-
-
-@torch.no_grad()
-def encode(autoencoder: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
-    """Normalised latents of [batch, 3, frames, height, width] in -1..1: what the denoiser sees."""
-    latents = autoencoder.encode(video).latent_dist.mode()  # [batch, channels, frames, h, w]
-    mean, std = _statistics(autoencoder)
-    return (latents - mean) / std
-
-
-def write_latents(folder: Path, shards: int, per_shard: int = 64) -> Iterator[Path]:
-    """Encode clips into float16 shards; existing shards are kept, so this can be resumed."""
-    autoencoder = load_autoencoder(folder)
-    for shard in range(shards):
-        path = folder / "latents" / f"{shard:05d}.pt"
-        if path.exists():
-            continue
-        clips = [sample_clip(shard * per_shard + index) for index in range(per_shard)]
-        latents = [encode(autoencoder, to_tensor(draw_clip(clip)[None])) for clip in clips]
-        checkpoint.save(
-            path,
-            {
-                "latents": torch.cat(latents).half(),  # [clips, channels, frames, height, width]
-                "captions": [clip.caption for clip in clips],
-            },
-        )
-        yield path

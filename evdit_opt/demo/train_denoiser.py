@@ -318,7 +318,7 @@ def train(
     trainer = Trainer(recipe)
     if state := checkpoint.load(folder / "denoiser.pt"):
         trainer.restore(state)
-    pool = LatentPool(folder / "latents")
+    pool = LatentPool(folder / "pool")
     started, seen = time.monotonic() - trainer.seconds, []
     while trainer.step < recipe.steps:
         seen.append(trainer.train_step(pool))

@@ -94,7 +94,7 @@ def test_a_killed_training_continues_bit_for_bit(tmp_path: Path) -> None:
     for name in ("straight", "killed"):
         generator = torch.Generator().manual_seed(0)
         checkpoint.save(
-            tmp_path / name / "latents" / "00000.pt",
+            tmp_path / name / "pool" / "00000.pt",
             {
                 "latents": torch.randn(4, *LATENT_SHAPE, generator=generator).half(),
                 "captions": [sample_clip(seed).caption for seed in range(4)],
