@@ -12,6 +12,7 @@ from evdit_opt.plan import Plan
 __all__ = ["write_masks", "write_side_by_side"]
 
 FRAMES_PER_SECOND = 12
+GIF_STRIDE = 3  # every third frame, 64 colours: small enough for a README
 ENLARGE = 2  # pixels of the written video per pixel of the clip
 MARGIN = 8  # pixels between clips
 CAPTION_HEIGHT = 36  # pixels above the first row, two lines of text
@@ -40,7 +41,7 @@ def write_side_by_side(
     video = np.stack([_fill(sheet, rows, frame) for frame in range(len(first))])
     mp4, gif = folder / "side_by_side.mp4", folder / "side_by_side.gif"
     iio.imwrite(mp4, video, fps=FRAMES_PER_SECOND, codec="libx264")
-    iio.imwrite(gif, video[:: max(1, len(video) // 20)], duration=1000 // FRAMES_PER_SECOND, loop=0)
+    _write_gif(gif, video[::GIF_STRIDE])
     return mp4, gif
 
 
@@ -76,6 +77,16 @@ def write_masks(path: Path, plan: Plan) -> Path:
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return path
+
+
+def _write_gif(path: Path, video: np.ndarray) -> None:
+    from PIL import Image
+
+    first, *others = [
+        Image.fromarray(frame).quantize(64, dither=Image.Dither.NONE) for frame in video
+    ]
+    milliseconds = 1000 * GIF_STRIDE // FRAMES_PER_SECOND
+    first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
 
 
 def _sheet(

@@ -40,7 +40,6 @@ SHIFT = 4.0
 
 def load_tinywan() -> WanPipeline:
     """Load the embedded pipeline in float32 on the CPU."""
-    import torch
     from diffusers import WanPipeline
 
     if not (WEIGHTS / "model_index.json").exists():
@@ -48,13 +47,13 @@ def load_tinywan() -> WanPipeline:
             f"expected TinyWan's weights in {WEIGHTS}, found none; "
             "train them with `python -m evdit_opt.demo.train all`"
         )
-    pipeline = WanPipeline.from_pretrained(WEIGHTS).to(torch.float32)
+    pipeline = WanPipeline.from_pretrained(WEIGHTS)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the closed caption vocabulary ; prompts end with </s>."""
+    """A word-level tokenizer over the closed caption vocabulary; prompts end with </s>."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
