@@ -12,19 +12,19 @@ import numpy as np
 
 
 def write_curves(records: list[dict[str, Any]], path: Path) -> Path:
-    """Plot the training log: autoencoder PSNR, velocity error by noise level, position error."""
+    """Plot the training log: errors of the autoencoder, of velocity by noise level, of position."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for stage in ("autoencoder", "decoder"):
+    stages = dict.fromkeys(record["stage"] for record in records)
+    for stage in (stage for stage in stages if stage != "denoiser"):
         rows = [record for record in records if record["stage"] == stage]
-        if rows:
-            minutes = [row["seconds"] / 60 for row in rows]
-            left.plot(minutes, [row["psnr"] for row in rows], marker=".", label=stage)
-    left.set(xlabel="minutes in the stage", ylabel="PSNR of whole clips, dB", title="autoencoder")
+        minutes = [row["seconds"] / 60 for row in rows]
+        left.plot(minutes, [row["error"] for row in rows], marker=".", label=stage)
+    left.set(xlabel="minutes", ylabel="L1 + L2 error", title="autoencoder", yscale="log")
     left.legend()
     rows = [record for record in records if record["stage"] == "denoiser"]
     minutes = [row["seconds"] / 60 for row in rows]

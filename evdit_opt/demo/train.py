@@ -35,7 +35,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("runs/tinywan"))
     parser.add_argument("--target", type=Path, default=WEIGHTS)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--autoencoder-steps", type=int, default=900)
+    parser.add_argument("--autoencoder-steps", type=int, default=1500)
     parser.add_argument("--shards", type=int, default=40, help="64 clips each")
     parser.add_argument(
         "--phases",

@@ -6,7 +6,7 @@ What made a model this small learn in an hour of one CPU core:
   each at its true place in time (`FrameRope`); attention over 400 tokens is cheap;
 - an auxiliary loss asks the hidden states after the second block where their token is. RoPE is
   relative and the network could ignore position for a long time; with this loss it knows it after
-  about 200 steps, and so direction of motion becomes a matter of layout. The auxiliary head is
+  some hundred steps, and so direction of motion becomes a matter of layout. The auxiliary head is
   training-only.
 """
 
@@ -68,15 +68,15 @@ def parse_phases(text: str) -> tuple[Phase, ...]:
 class Recipe:
     """Everything the training run depends on besides the latents."""
 
-    phases: tuple[Phase, ...] = parse_phases("3800:3-5:8,4000:17-17:3,6400:7-10:5,7100:17-17:3")
-    decay_from: int = 5000
+    phases: tuple[Phase, ...] = parse_phases("6500:3-5:8,7150:7-10:5,7500:17-17:3")
+    decay_from: int = 6500
     """Step from which the learning rate falls."""
     learning_rate: float = 1.5e-3
     warmup: int = 200
     dropout: float = 0.12
     """Share of captions replaced by the empty prompt, for classifier-free guidance."""
     position_weight: float = 0.1
-    ema: float = 0.999
+    ema: float = 0.998
     width: int = 96
     layers: int = 6
 
@@ -326,12 +326,17 @@ def train(
         done = trainer.step == recipe.steps
         if trainer.step % log_every == 0 or done:
             sigma, error = (np.concatenate([item[i] for item in seen]) for i in (0, 1))
-            record = {"stage": "denoiser", "step": trainer.step, "loss": float(error.mean())}
+            record: dict[str, Any] = {
+                "stage": "denoiser",
+                "step": trainer.step,
+                "loss": round(float(error.mean()), 5),
+            }
             for low, high in ((0, 0.5), (0.5, 0.8), (0.8, 0.95), (0.95, 1)):
                 inside = (sigma >= low) & (sigma < high)
-                record[f"loss_{high:g}"] = float(error[inside].mean()) if inside.any() else None
+                mean = round(float(error[inside].mean()), 5) if inside.any() else None
+                record[f"loss_{high:g}"] = mean
             record |= {
-                "position": float(np.mean([item[2] for item in seen])),
+                "position": round(float(np.mean([item[2] for item in seen])), 5),
                 "clips": len(pool),
                 "seconds": round(trainer.seconds),
             }
