@@ -18,7 +18,7 @@ def test_detectors_are_perfect_on_real_clips(real: tuple[list[np.ndarray], list[
     assert (accuracy.shape, accuracy.colour, accuracy.direction) == (1.0, 1.0, 1.0)
     assert min(found.overlap for found in accuracy.detections) > 0.9
     assert max(found.jerk for found in accuracy.detections) < 0.5
-    # The mean of 33 equal float32 numbers is off by at most 33 half-steps, and so is their deviation.
+    # The mean of 33 equal float32 numbers is off by at most 33 half-steps; so is their deviation.
     still = FRAMES * np.finfo(np.float32).eps / 2
     assert max(found.flicker for found in accuracy.detections) < still
 
