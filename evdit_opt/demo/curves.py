@@ -55,8 +55,35 @@ def write_contact_sheet(videos: np.ndarray, path: Path, columns: int = 8) -> Pat
     return path
 
 
+def quality_table(quality: dict[str, Any]) -> str:
+    """The summary of evaluate.py as markdown."""
+    head = ("clips", "shape", "colour", "direction", "everything")
+    lines = ["| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    for part in ("all", "trained_combinations", "held_out_combinations"):
+        row = quality[part]
+        shares = [f"{row[name]:.3f}" for name in head[1:]]
+        lines.append(f"| {part.replace('_', ' ')} | {row['clips']} | " + " | ".join(shares) + " |")
+    median, version = quality["median"], quality["versions"]
+    lines.append(
+        f"\n{quality['steps']} steps, guidance {quality['guidance_scale']:g}, noise seeds "
+        f"{quality['seeds'][0]} to {quality['seeds'][1]}. Median over clips: template overlap "
+        f"(IoU) {median['overlap']:.2f}, jerk {median['jerk']:.2f} px/frame², flicker "
+        f"{median['flicker']:.4f}. Autoencoder on real clips: "
+        f"{quality['reconstruction_psnr_db']:.1f} dB. Weights {quality['weights']}, torch "
+        f"{version['torch']}, diffusers {version['diffusers']}, {version['machine']}."
+    )
+    return "\n".join(lines)
+
+
+def write_table(document: Path, table: str) -> None:
+    """Put the table between the two quality markers of a markdown file."""
+    before, _, rest = document.read_text().partition("<!-- quality -->")
+    _, _, after = rest.partition("<!-- /quality -->")
+    document.write_text(f"{before}<!-- quality -->\n{table}\n<!-- /quality -->{after}")
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Copy the log beside the document and draw it; add a contact sheet of evaluated clips."""
+    """Copy the log, draw it, fill in the quality table, add a contact sheet of evaluated clips."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--log", type=Path, default=Path("runs/tinywan/log.jsonl"))
     parser.add_argument("--clips", type=Path, help="a folder of runs/tinywan/evaluation")
@@ -66,6 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
     shutil.copyfile(options.log, options.output / "log.jsonl")
     lines = options.log.read_text().splitlines()
     write_curves([json.loads(line) for line in lines], options.output / "curves.png")
+    quality = json.loads((options.output / "quality.json").read_text())
+    write_table(options.output.with_suffix(".md"), quality_table(quality))
     if options.clips:
         files = sorted(options.clips.glob("*.npz"))[:3]
         videos = np.concatenate([np.load(file)["videos"] for file in files])

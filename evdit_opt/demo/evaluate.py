@@ -22,9 +22,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from evdit_opt.demo.clips import HELD_OUT, Label, evaluation_pairs
+from evdit_opt.demo.clips import (
+    HELD_OUT,
+    LABELS,
+    Label,
+    draw_clip,
+    evaluation_pairs,
+    sample_clip,
+)
 from evdit_opt.demo.detect import detect
 from evdit_opt.demo.tinywan import TINYWAN_CALL, WEIGHTS, load_tinywan
+from evdit_opt.demo.train_autoencoder import VALIDATION_SEED, psnr, to_tensor
 
 if TYPE_CHECKING:
     from diffusers import WanPipeline
@@ -96,6 +104,17 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def reconstruction_psnr(pipeline: WanPipeline, count: int = 8) -> float:
+    """Mean PSNR in dB of real clips of unseen seeds after encoding and decoding."""
+    autoencoder, values = pipeline.vae, []
+    for index in range(count):
+        video = to_tensor(draw_clip(sample_clip(VALIDATION_SEED + index, LABELS[index * 9]))[None])
+        decoded = autoencoder.decode(autoencoder.encode(video).latent_dist.mode()).sample
+        values.append(psnr(video, decoded))
+    return round(float(np.mean(values)), 2)
+
+
 def versions() -> dict[str, str]:
     """What the numbers were measured with."""
     import diffusers
@@ -161,6 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
         "guidance_scale": options.guidance,
         "seeds": [pairs[0][0], pairs[-1][0]],
         **summarise(records),
+        "reconstruction_psnr_db": reconstruction_psnr(pipeline),
         "versions": versions(),
         "clips": records,
     }
