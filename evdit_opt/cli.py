@@ -26,7 +26,7 @@ def demo(
     folder: Annotated[Path, typer.Option(help="Where videos, pictures and numbers go.")] = Path(
         "evdit-demo"
     ),
-    clips: Annotated[int, typer.Option(min=1, help="Held-out clips to generate per variant.")] = 16,
+    clips: Annotated[int, typer.Option(min=1, help="Held-out clips to generate per variant.")] = 12,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a clip.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of the first clip; the next ones follow.")] = 1000,
 ) -> None:
