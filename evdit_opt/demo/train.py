@@ -21,6 +21,8 @@ from evdit_opt.demo import checkpoint, train_autoencoder, train_denoiser
 from evdit_opt.demo.export import export
 from evdit_opt.demo.tinywan import WEIGHTS
 
+STAGES = ("latents", "decoder", "encoder", "transformer", "export")
+
 logger = logging.getLogger(__name__)
 
 
@@ -29,9 +31,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "stage", choices=("latents", "decoder", "encoder", "transformer", "export", "all")
-    )
+    parser.add_argument("stage", choices=(*STAGES, "all"))
     parser.add_argument("--folder", type=Path, default=Path("runs/tinywan"))
     parser.add_argument("--target", type=Path, default=WEIGHTS)
     parser.add_argument("--threads", type=int, default=1)
@@ -62,8 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = train_denoiser.Recipe(
         **{name: getattr(options, name) for name in names if hasattr(options, name)}
     )
-    stages = ("vae", "latents", "decoder", "encoder", "transformer", "export")
-    for stage in stages if options.stage == "all" else (options.stage,):
+    for stage in STAGES if options.stage == "all" else (options.stage,):
         if stage == "latents":
             for path in train_autoencoder.write_latents(options.folder, options.shards):
                 logger.info("wrote %s", path)

@@ -149,7 +149,6 @@ class LatentPool:
         self.folder = folder
         self.captions: list[str] = []
         self.shards: dict[str, torch.Tensor] = {}
-        self.latents = torch.empty(0)
         self.refresh()
 
     def refresh(self) -> None:
@@ -319,6 +318,8 @@ def train(
     if state := checkpoint.load(folder / "denoiser.pt"):
         trainer.restore(state)
     pool = LatentPool(folder / "pool")
+    if not len(pool):
+        raise FileNotFoundError(f"expected latents in {folder / 'pool'}; run the latents stage")
     started, seen = time.monotonic() - trainer.seconds, []
     while trainer.step < recipe.steps:
         seen.append(trainer.train_step(pool))

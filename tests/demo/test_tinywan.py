@@ -14,6 +14,7 @@ from evdit_opt.demo import TINYWAN_CALL, checkpoint, load_tinywan
 from evdit_opt.demo.clips import HELD_OUT, LABELS, VOCABULARY, draw_clip, sample_clip
 from evdit_opt.demo.detect import caption_accuracy
 from evdit_opt.demo.tinywan import LATENT_SHAPE, WEIGHTS, build_tokenizer
+from evdit_opt.demo.train import main
 from evdit_opt.demo.train_autoencoder import psnr, to_tensor
 from evdit_opt.demo.train_denoiser import FrameRope, Recipe, encode_prompts, parse_phases, train
 
@@ -88,6 +89,16 @@ def test_rope_at_all_frames_is_the_models_own(pipeline: WanPipeline) -> None:
     for whole, chosen in zip(own, rope(latents[:, :, :3]), strict=True):
         expected = whole.view(1, 17, 100, 1, -1)[:, [0, 5, 16]].flatten(1, 2)
         assert torch.equal(chosen, expected)
+
+
+def test_all_stages_make_a_pipeline_from_nothing(tmp_path: Path) -> None:
+    from diffusers import WanPipeline
+
+    small = "--shards 1 --autoencoder-steps 1 --phases 1:3-3:1 --decay-from 0".split()
+    threads = ("--threads", str(torch.get_num_threads()))
+    folders = ("--folder", str(tmp_path / "run"), "--target", str(tmp_path / "pipeline"))
+    main(["all", *small, *threads, *folders])
+    assert isinstance(WanPipeline.from_pretrained(tmp_path / "pipeline"), WanPipeline)
 
 
 def test_a_killed_training_continues_bit_for_bit(tmp_path: Path) -> None:
