@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from evdit_opt import apply
 from evdit_opt.calibrate.make import make_plan
 from evdit_opt.config import Config
-from evdit_opt.models import Item, denoiser_of
+from evdit_opt.models import Item, config_hash, denoiser_of
 from evdit_opt.plan import Plan
 
 __all__ = ["apply_plan", "make_plan", "optimize", "restore"]
@@ -58,7 +58,11 @@ def apply_plan(target: Target, plan: Plan, **options: Any) -> Target:
         PlanMismatchError: if the plan is of another model.
         UnsupportedInputError: if target is neither pipeline nor module.
     """
-    apply.apply_plan(denoiser_of(target), plan, **options)
+    model = denoiser_of(target)
+    planned = [site.name for site in plan.sites]
+    # The class alone would let the plan of a small Wan leave the last layers of a large one dense.
+    plan.require_match(type(model).__name__, planned, config_hash(model))
+    apply.apply_plan(model, plan, **options)
     return target
 
 

@@ -18,7 +18,7 @@ from evdit_opt.errors import (
     QualityFloorError,
     UnsupportedInputError,
 )
-from tests.models.small_models import CASES
+from tests.models.small_models import CASES, wan
 
 BY_NAME = {case.name: case for case in CASES}
 WAN = BY_NAME["wan"]
@@ -162,6 +162,13 @@ def test_optimizing_twice_is_an_error(plan):
 def test_a_plan_of_another_model_is_an_error(plan):
     with pytest.raises(PlanMismatchError, match="WanTransformer3DModel"):
         evdit_opt.apply_plan(BY_NAME["cogvideox"].model(), plan)
+
+
+def test_a_plan_of_a_smaller_model_of_the_class_is_an_error(plan):
+    larger = wan(layers=3)
+    with pytest.raises(PlanMismatchError, match="configuration"):
+        evdit_opt.apply_plan(larger, plan)
+    assert not hasattr(larger, "_evdit")
 
 
 def test_nan_weights_are_an_error_and_leave_no_hooks():
