@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evdit_opt.errors import CalibrationError
+from evdit_opt.kernels.dispatch import IMPLEMENTATIONS
 from evdit_opt.masks import Spacing, Weighting
 from evdit_opt.quality import QualityReport
 
 __all__ = ["Config"]
-
-IMPLEMENTATIONS = ("auto", "reference", "decomposed", "triton", "flex")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
