@@ -1,5 +1,6 @@
 """Before any measuring: what there is to calibrate."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,9 @@ from evdit_opt.passes.grid_source import GridSource
 from evdit_opt.passes.infer_layout import infer_layout
 
 __all__ = ["Survey", "survey_attention"]
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ def survey_attention(denoiser: Denoiser) -> Survey:
             f"{found or 'no attention at all'}; nothing can be made sparse here"
         )
     inferred = infer_layout(denoiser.model, sites, args, kwargs)
+    for name, reason in inferred.refused.items():
+        logger.warning("evdit leaves %s dense, its token layout is not certain: %s", name, reason)
     return Survey(
         grid=inferred.grid,
         grid_source=inferred.source,
