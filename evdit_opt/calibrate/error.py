@@ -4,7 +4,6 @@ One dense recording pass gives q, k, v of every site; each candidate is run on t
 running sums are kept, so memory does not grow with prompts or steps.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -93,7 +92,7 @@ class SiteErrors:
                 rule,
                 rule.mask(self.layout.grid.frames).token_density(self.layout),
                 float(relative[row, 0]),
-                float(relative[row, 1]) if math.isfinite(relative[row, 1]) else 0.0,
+                float(relative[row, 1]),
             )
             for row, rule in enumerate(self.candidates)
         )

@@ -52,7 +52,8 @@ def record_errors(
         scale: float | None,
     ) -> None:
         if seen[name] % config.record_every == 0:
-            require_finite(v, f"the values attended to at {name}")
+            for tensor, what in ((q, "queries"), (k, "keys"), (v, "values")):
+                require_finite(tensor, f"the {what} at {name}")
             sites[name].add(q, k, v, attn_mask, scale)
         seen[name] += 1
 
