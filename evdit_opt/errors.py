@@ -7,7 +7,6 @@ __all__ = [
     "AlreadyOptimizedError",
     "CalibrationError",
     "EvditError",
-    "GraphCaptureError",
     "LayoutError",
     "MaskError",
     "NoVideoAttentionError",
@@ -42,10 +41,6 @@ class PlanMismatchError(EvditError, RuntimeError):
 
 class LayoutError(EvditError, RuntimeError):
     """The token layout (frames, height, width, text) of an attention could not be established."""
-
-
-class GraphCaptureError(EvditError, RuntimeError):
-    """The model could not be captured as a graph in the way that was asked for."""
 
 
 class NoVideoAttentionError(EvditError, ValueError):

@@ -53,7 +53,6 @@ def make_plan(target: object, calib: Iterable[Item], config: Config | None = Non
     Raises:
         AlreadyOptimizedError: if a plan is applied to the model already.
         CalibrationError: if there are too few items, or items of the wrong kind.
-        GraphCaptureError: if the model cannot be captured as a graph.
         LayoutError: if frames, height and width of the token sequence cannot be established.
         NoVideoAttentionError: if the model has no 3D full self-attention.
         NonFiniteOutputError: if a run holds NaN or infinity.
