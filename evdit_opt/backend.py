@@ -14,6 +14,7 @@ from torch import fx
 from evdit_opt.errors import UnsupportedInputError
 from evdit_opt.grid import TokenLayout, VideoGrid
 from evdit_opt.passes.graph import copy_graph, subgraphs
+from evdit_opt.passes.inline_decomposed import inline_decomposed
 from evdit_opt.passes.mark_planned_sites import mark_planned_sites
 from evdit_opt.passes.marks import MARK
 from evdit_opt.passes.swap_attention import SiteOutcome, swap_attention
@@ -152,12 +153,18 @@ def _swap(compilation: Compilation) -> None:
     compilation.sites += swap_attention(compilation.gm, compilation.names, compilation.options.impl)
 
 
+def _inline(compilation: Compilation) -> None:
+    """Inductor fuses what it can see."""
+    if compilation.options.inner == "inductor":
+        inline_decomposed(compilation.gm)
+
+
 def _clean_up(compilation: Compilation) -> None:
     compilation.gm.graph.lint()
     compilation.gm.recompile()
 
 
-PASSES: tuple[Callable[[Compilation], None], ...] = (_place_marks, _swap, _clean_up)
+PASSES: tuple[Callable[[Compilation], None], ...] = (_place_marks, _swap, _inline, _clean_up)
 
 
 def _has_marks(gm: fx.GraphModule) -> bool:

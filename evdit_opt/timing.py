@@ -10,7 +10,7 @@ __all__ = ["interleaved_ms"]
 
 
 def interleaved_ms(
-    actions: Mapping[str, Callable[[], object]], rounds: int = 15, warmup: int = 2
+    actions: Mapping[str, Callable[[], object]], rounds: int = 41, warmup: int = 3
 ) -> dict[str, float]:
     """Median milliseconds of every action, run in turn ``rounds`` times after ``warmup`` rounds.
 

@@ -21,7 +21,7 @@ from evdit_opt.demo.tinywan import TINYWAN_CALL, load_tinywan
 from evdit_opt.masks import Rule
 from evdit_opt.models import as_denoiser, first_call
 from evdit_opt.passes.observe_attention import observe
-from evdit_opt.plan import Plan
+from evdit_opt.plan import Plan, SpeedRecord
 from evdit_opt.progress import track
 from evdit_opt.quality import compare
 from evdit_opt.timing import interleaved_ms
@@ -80,6 +80,13 @@ def run_demo(
     apply_plan(optimized.transformer, plan)
     apply_plan(uniform.transformer, paper, inner="eager")
     speed = measure_step(optimized, dense, plan)
+    record = SpeedRecord(
+        dense_ms=speed["dense"],
+        optimized_ms=speed["optimized"],
+        device=f"CPU, {torch.get_num_threads()} threads",
+    )
+    plan = replace(plan, speed=record)
+    plan.save(folder / "plan.evdit.json")
 
     labels = [HELD_OUT[n % len(HELD_OUT)] for n in range(clips)]
     prompts = [label.caption() for label in labels]

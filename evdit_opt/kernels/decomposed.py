@@ -1,55 +1,38 @@
 """Tile attention as a few dense attention calls: exact, and no kernel of our own.
 
-Dense rows and text queries are one call against the whole sequence. The sparse rows have two forms:
+Dense rows and text queries are one call against the whole sequence. The sparse rows are taken in
+blocks of neighbours, and what a block keeps in parts, each one dense call:
 
-* gather: copy the kept keys of a row (shared first, own last) side by side and attend once. The
-  shared keys are copied once per call; rows of one run may share a call as its batch.
-* merge: one call of all sparse queries with the shared keys, one batched call of every frame with
-  its own keys (views, no copies), put together by log-sum-exp. A weight is a shift of that number.
+* its own frames (or one stretch of a window): the rows as the batch of one call;
+* every group of shared keys, text included: one call of all its queries.
 
-FLOPs are those of the kept tiles. Memory is linear in the sequence; nothing is seq x seq.
+The parts are put together by log-sum-exp; the weight of a tile is a shift of that number. FLOPs are
+those of the kept tiles, and what is held beside the result is a block, never seq x seq.
 Mask family: Efficient-vDiT, arXiv 2502.06155.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from evdit_opt.kernels.decomposition import Decomposition, Run, decompose
+from evdit_opt.kernels.decomposition import Block, Decomposition, decompose
 from evdit_opt.kernels.dense import attend, key_bias, lse_dtype
 from evdit_opt.kernels.geometry import Geometry, own_windows, take
-from evdit_opt.kernels.key_buffer import KeyBuffer
+from evdit_opt.kernels.merge import merge
 
-__all__ = ["Schedule", "choose_schedule", "forward"]
+__all__ = ["forward", "rows_per_block"]
 
-# Below this many tokens a frame, one row is too little work for a call of its own.
-SMALL_FRAME = 256
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Schedule:
-    """How the sparse rows are computed.
-
-    Attributes:
-        merge: merge shared and own keys by log-sum-exp, instead of gathering them.
-        rows_per_call: rows of a run that share one gathered call.
-    """
-
-    merge: bool
-    rows_per_call: int
+# Queries of a block on a CPU: enough for the flash kernel's large query tiles (from 768 queries),
+# few enough for its partial results to stay in the cache.
+CPU_BLOCK_QUERIES = 2048
 
 
-def choose_schedule(plan: Decomposition, geometry: Geometry) -> Schedule:
-    """The form that measured fastest (docs/notes/kernels.md)."""
-    if plan.is_weighted:
-        # Gathering would need a bias: slower on a CPU, and it rules out flash attention on CUDA.
-        return Schedule(merge=True, rows_per_call=1)
-    if plan.shared_frames == 0 and not geometry.text:
-        # Own keys only are views: nothing to copy, so as few calls as possible.
-        return Schedule(merge=False, rows_per_call=plan.frames)
-    return Schedule(merge=False, rows_per_call=1 if geometry.tokens >= SMALL_FRAME else 5)
+def rows_per_block(geometry: Geometry, device_type: str) -> int:
+    """Frames of a block. Elsewhere than on a CPU launches cost more than passes over memory."""
+    if device_type != "cpu":
+        return geometry.frames
+    return max(1, CPU_BLOCK_QUERIES // geometry.tokens)
 
 
 def forward(
@@ -61,7 +44,6 @@ def forward(
     log_weights: tuple[float, ...],
     geometry: Geometry,
     scale: float,
-    schedule: Schedule | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Tile attention.
 
@@ -74,13 +56,12 @@ def forward(
         log_weights: ``TileMask.segments()[1]``.
         geometry: frames and text of the sequence.
         scale: multiplies the logits.
-        schedule: how the sparse rows are computed; None chooses.
 
     Returns:
         out like ``torch.empty_like(q)``, lse ``[batch, heads, seq]`` (natural log, float32 or 64).
     """
     plan = decompose(intervals, log_weights, geometry.frames)
-    schedule = schedule or choose_schedule(plan, geometry)
+    blocks = plan.blocks(rows_per_block(geometry, q.device.type))
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -92,9 +73,12 @@ def forward(
         own_bias = bias[:, heads] if bias is not None and bias.shape[1] > 1 else bias
         call = _Call(q[:, heads], k, v, own_bias, out[:, heads], lse[:, heads], geometry, scale)
         _dense_rows(call, plan)
-        one_by_one = q.shape[0] > 1 and (schedule.merge or schedule.rows_per_call > 1)
+        # The rows of a block take the place of the batch.
+        one_by_one = q.shape[0] > 1 and any(block.count > 1 for block in blocks)
         for part in call.split() if one_by_one else [call]:
-            (_merge if schedule.merge else _gather)(part, plan, schedule)
+            shared = _shared_keys(part, plan)
+            for block in blocks:
+                _sparse_rows(part, block, shared)
     return out, lse
 
 
@@ -126,157 +110,94 @@ class _Call:
         return calls
 
 
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    """Keys that all sparse rows see, side by side, and their log-weight per sparse row."""
+
+    k: Tensor  # [batch, heads, keys, head_dim]
+    v: Tensor
+    bias: Tensor | None  # [batch | 1, heads | 1, 1, keys]
+    weights: Tensor | None  # [sparse rows]; None if all are 0
+
+
 def _dense_rows(call: _Call, plan: Decomposition) -> None:
     """Queries that see the whole sequence: frames kept in full, and text."""
     ranges = call.geometry.ranges(plan.dense, with_text=True)
     if not ranges:
         return
     out, lse = attend(take(call.q, ranges), call.k, call.v, call.bias, call.scale)
-    _put(call.out, ranges, out)
-    _put(call.lse, ranges, lse)
+    _put(call, ranges, out, lse)
 
 
-def _gather(call: _Call, plan: Decomposition, schedule: Schedule) -> None:
-    """Sparse rows: shared and own keys side by side, one call per ``rows_per_call`` rows."""
-    if not plan.runs:
-        return
+def _shared_keys(call: _Call, plan: Decomposition) -> list[_Keys]:
+    """The groups of shared keys, copied next to one another once; the text joins a plain group."""
     geometry = call.geometry
-    shared = geometry.text
-    for group in plan.shared:
-        shared += geometry.ranges(group.keys)
-    _attend_runs(call, plan, shared, plan.runs, schedule.rows_per_call)
-
-
-def _merge(call: _Call, plan: Decomposition, schedule: Schedule) -> None:
-    """Sparse rows: own keys first, then every group of shared keys merged in by log-sum-exp.
-
-    The sparse rows are copied next to one another, so that each group is one attention call and one
-    merge, however many dense rows lie between them.
-    """
-    if not plan.runs:
-        return
-    geometry = call.geometry
-    own = tuple(run for run in plan.runs if run.own)
-    if own:
-        _attend_runs(call, plan, None, own, max(run.count for run in own))
-    for run in plan.runs:
-        if not run.own:
-            rows = slice(geometry.token(run.first), geometry.token(run.first + run.count))
-            call.out[:, :, rows] = 0.0
-            call.lse[:, :, rows] = -math.inf
-    may_be_empty = call.bias is not None or len(own) < len(plan.runs)
-
-    sparse = geometry.ranges([(run.first, run.first + run.count) for run in plan.runs])
-    q, out, lse = (take(x, sparse) for x in (call.q, call.out, call.lse.unsqueeze(-1)))
-    lse = lse.squeeze(-1)
-    for ranges, weights in _shared_groups(plan, geometry):
-        k, v = take(call.k, ranges), take(call.v, ranges)
-        bias = None
-        if call.bias is not None:
-            bias = take(call.bias.transpose(2, 3), ranges).transpose(2, 3)
-        part, part_lse = attend(q, k, v, bias, call.scale)
-        if any(weights):
-            per_row = part_lse.unflatten(2, (len(weights), geometry.tokens))
-            part_lse = (per_row + per_row.new_tensor(weights)[:, None]).flatten(2)
-        _merge_into(out, lse, part, part_lse, may_be_empty)
-    if len(sparse) > 1:  # otherwise out and lse are views, written already
-        _put(call.out, sparse, out)
-        _put(call.lse, sparse, lse)
-
-
-def _shared_groups(
-    plan: Decomposition, geometry: Geometry
-) -> list[tuple[list[tuple[int, int]], tuple[float, ...]]]:
-    """Token ranges and log-weight per sparse row of every group of shared keys, text included."""
     groups = [(geometry.ranges(group.keys), group.weights) for group in plan.shared]
     if geometry.text:
         plain = next((n for n, (_, weights) in enumerate(groups) if not any(weights)), None)
         if plain is None:
-            groups.append((geometry.text, (0.0,) * plan.sparse_rows))
+            groups.append((geometry.text, (0.0,)))
         else:
             groups[plain] = (groups[plain][0] + geometry.text, groups[plain][1])
-    return groups
+    keys = []
+    for ranges, weights in groups:
+        bias = None
+        if call.bias is not None:
+            bias = take(call.bias.transpose(2, 3), ranges).transpose(2, 3)
+        shift = call.lse.new_tensor(weights) if any(weights) else None
+        keys.append(_Keys(take(call.k, ranges), take(call.v, ranges), bias, shift))
+    return keys
 
 
-def _put(into: Tensor, ranges: list[tuple[int, int]], rows: Tensor) -> None:
-    """Write rows that lie next to one another back to their token ranges."""
+def _sparse_rows(call: _Call, block: Block, shared: list[_Keys]) -> None:
+    """One block of sparse rows, from its parts."""
+    geometry, rows = call.geometry, block.count
+    ranges = geometry.ranges(block.frames)
+    q = take(call.q, ranges)
+    parts = []
+    for start, stop, weight in block.own:
+        k, v = (_own(x, geometry, block, start, stop) for x in (call.k, call.v))
+        bias = None
+        if call.bias is not None:
+            bias = _own(call.bias.transpose(2, 3), geometry, block, start, stop).transpose(2, 3)
+        out, lse = attend(_by_row(q, rows), k, v, bias, call.scale)
+        parts.append((out, lse + weight if weight else lse))
+    for keys in shared:
+        out, lse = attend(q, keys.k, keys.v, keys.bias, call.scale)
+        out, lse = _by_row(out, rows), _by_row(lse.unsqueeze(-1), rows).squeeze(-1)
+        if keys.weights is not None:
+            lse = lse + keys.weights[block.position : block.position + rows, None, None]
+        parts.append((out, lse))
+    out, lse = parts[0]
+    for part in parts[1:]:
+        out, lse = merge(out, lse, *part, may_be_empty=call.bias is not None)
+    out, lse = _side_by_side(out, q.shape[0]), _side_by_side(lse.unsqueeze(-1), q.shape[0])
+    _put(call, ranges, out, lse.squeeze(-1))
+
+
+def _own(x: Tensor, geometry: Geometry, block: Block, start: int, stop: int) -> Tensor:
+    """Frames ``row + start .. row + stop`` of every row: ``[rows | batch, heads, keys, dim]``."""
+    if stop - start > 1:
+        return own_windows(x, geometry, block.frames[0][0], block.count, start, stop)
+    shifted = [(first + start, last + start) for first, last in block.frames]
+    return _by_row(take(x, geometry.ranges(shifted)), block.count)
+
+
+def _by_row(x: Tensor, rows: int) -> Tensor:
+    """``[1, heads, rows * tokens, dim]`` as ``[rows, heads, tokens, dim]``; one row: as it is."""
+    return x if rows == 1 else x[0].unflatten(1, (rows, -1)).transpose(0, 1)
+
+
+def _side_by_side(x: Tensor, batch: int) -> Tensor:
+    """The inverse of :func:`_by_row`."""
+    return x if x.shape[0] == batch else x.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+
+
+def _put(call: _Call, ranges: list[tuple[int, int]], out: Tensor, lse: Tensor) -> None:
+    """Write rows that lie next to one another to their token ranges."""
     offset = 0
     for start, stop in ranges:
-        into[:, :, start:stop] = rows[:, :, offset : offset + stop - start]
+        rows = slice(offset, offset + stop - start)
+        call.out[:, :, start:stop] = out[:, :, rows]
+        call.lse[:, :, start:stop] = lse[:, :, rows]
         offset += stop - start
-
-
-def _merge_into(
-    out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, may_be_empty: bool
-) -> None:
-    """Merge the attention over further keys, ``part``, into ``out`` and ``lse``."""
-    difference = part_lse - lse
-    if may_be_empty:
-        # -inf - -inf: no key seen on either side.
-        difference = torch.nan_to_num(difference, nan=0.0, posinf=math.inf, neginf=-math.inf)
-        lse.copy_(torch.logaddexp(lse, part_lse))
-    else:
-        # The same number as logaddexp, which is 20 times slower on a CPU.
-        lse += torch.nn.functional.softplus(difference, threshold=40.0)
-    share = torch.sigmoid(difference).unsqueeze(-1)
-    # Three vectorised passes; lerp with a broadcast weight is scalar on a CPU.
-    out += (part.to(share.dtype) - out).mul_(share).to(out.dtype)
-
-
-def _attend_runs(
-    call: _Call,
-    plan: Decomposition,
-    shared: list[tuple[int, int]] | None,
-    runs: tuple[Run, ...],
-    rows_per_call: int,
-) -> None:
-    """Attend from every row of ``runs`` to the shared token ranges (None: without) and its own."""
-    geometry, with_shared = call.geometry, shared is not None
-    shared = shared or []
-    capacity = max(run.own_frames for run in runs) * geometry.tokens
-    rows = min(rows_per_call, max(run.count for run in runs))
-    keys = KeyBuffer(call.k, shared, rows, capacity)
-    values = KeyBuffer(call.v, shared, rows, capacity)
-    padding = None
-    if call.bias is not None:
-        padding = KeyBuffer(call.bias.transpose(2, 3), shared, rows, capacity)
-    for run in runs:
-        weights = _run_weights(plan, run, geometry, with_shared, call.lse)
-        for first in range(run.first, run.first + run.count, rows):
-            count = min(rows, run.first + run.count - first)
-            bias = None
-            if weights is not None:
-                offset = first - run.first
-                bias = weights if weights.shape[0] == 1 else weights[offset : offset + count]
-            if padding is not None:
-                hidden = padding.rows(geometry, run, first, count).transpose(2, 3)
-                bias = hidden if bias is None else hidden + bias
-            out, lse = attend(
-                own_windows(call.q, geometry, first, count, 0, 1),
-                keys.rows(geometry, run, first, count),
-                values.rows(geometry, run, first, count),
-                bias,
-                call.scale,
-            )
-            own_windows(call.out, geometry, first, count, 0, 1).copy_(out)
-            lse_rows = own_windows(call.lse.unsqueeze(-1), geometry, first, count, 0, 1)
-            lse_rows.copy_(lse.unsqueeze(-1))
-
-
-def _run_weights(
-    plan: Decomposition, run: Run, geometry: Geometry, with_shared: bool, like: Tensor
-) -> Tensor | None:
-    """Log-weights of a run's keys, ``[rows | 1, 1, 1, keys]``; None if all are 0."""
-    own = [weight for start, stop, weight in run.own for _ in range(start, stop)]
-    groups = plan.shared if with_shared else ()
-    table = [
-        [group.weights[row] for group in groups for _ in range(group.frames)] + own
-        for row in range(run.position, run.position + run.count)
-    ]
-    if not any(map(any, table)):
-        return None
-    if all(row == table[0] for row in table):
-        table = table[:1]
-    text = sum(stop - start for start, stop in geometry.text) if with_shared else 0
-    video = like.new_tensor(table).repeat_interleave(geometry.tokens, dim=1)
-    return torch.cat([video.new_zeros(len(table), text), video], dim=1)[:, None, None]

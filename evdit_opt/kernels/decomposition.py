@@ -13,6 +13,7 @@ is *sparse*: it keeps some key frames that all sparse rows keep (in the paper's 
     5       0  4     5          <- the next run
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +21,7 @@ from functools import lru_cache
 from evdit_opt.errors import MaskError
 from evdit_opt.masks import DROPPED, TileMask
 
-__all__ = ["Decomposition", "Run", "Shared", "decompose"]
+__all__ = ["Block", "Decomposition", "Run", "Shared", "decompose"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,10 +58,26 @@ class Run:
     position: int
     own: tuple[tuple[int, int, float], ...]
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """Neighbouring sparse rows whose own key frames lie at the same offsets from the row.
+
+    Attributes:
+        frames: half-open intervals of query frames, ascending. More than one only where every
+            interval of ``own`` is a single frame, so that the keys move with the queries.
+        position: index of the first row among the sparse rows.
+        own: as in :class:`Run`.
+    """
+
+    frames: tuple[tuple[int, int], ...]
+    position: int
+    own: tuple[tuple[int, int, float], ...]
+
     @property
-    def own_frames(self) -> int:
-        """Own key frames of one row."""
-        return sum(stop - start for start, stop, _ in self.own)
+    def count(self) -> int:
+        """Number of rows."""
+        return sum(stop - start for start, stop in self.frames)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,17 +101,16 @@ class Decomposition:
         """Number of sparse rows."""
         return sum(run.count for run in self.runs)
 
-    @property
-    def shared_frames(self) -> int:
-        """Number of key frames that all sparse rows keep."""
-        return sum(shared.frames for shared in self.shared)
-
-    @property
-    def is_weighted(self) -> bool:
-        """True if any kept tile of a sparse row has a weight other than 1."""
-        return any(any(shared.weights) for shared in self.shared) or any(
-            weight for run in self.runs for _, _, weight in run.own
-        )
+    def blocks(self, rows: int) -> tuple[Block, ...]:
+        """The sparse rows in blocks of about equal size, at most ``rows`` rows each."""
+        alike: list[list[Run]] = []
+        for run in self.runs:
+            single = all(stop - start == 1 for start, stop, _ in run.own)
+            if alike and single and alike[-1][0].own == run.own:
+                alike[-1].append(run)
+            else:
+                alike.append([run])
+        return tuple(block for runs in alike for block in _cut(runs, rows))
 
     @property
     def spans(self) -> tuple[tuple[Run, ...], ...]:
@@ -154,6 +170,21 @@ def _runs(
                 continue
         runs.append(Run(first=i, count=1, position=position, own=own))
     return tuple(runs)
+
+
+def _cut(runs: Sequence[Run], rows: int) -> list[Block]:
+    """Runs with the same own frames, cut into blocks."""
+    frames = [run.first + n for run in runs for n in range(run.count)]
+    pieces = -(-len(frames) // rows)
+    cuts = [n * len(frames) // pieces for n in range(pieces + 1)]
+    return [
+        Block(
+            frames=_intervals(frames[start:stop]),
+            position=runs[0].position + start,
+            own=runs[0].own,
+        )
+        for start, stop in itertools.pairwise(cuts)
+    ]
 
 
 def _own_intervals(

@@ -12,10 +12,16 @@ import math
 import torch
 from torch import Tensor
 
+from evdit_opt.kernels.merge import merge
+
 __all__ = ["attend", "attend_backward", "key_bias", "lse_dtype"]
 
 # Logits that the chunked softmax holds at once, in elements: 64 MiB in float32.
 CHUNK_LOGITS = 1 << 24
+
+# PyTorch's flash kernel for CPUs takes tiles of 256 queries from this many queries, else 64 or 32.
+CPU_LARGE_TILES = 768
+CPU_KEY_STRETCH = 2048
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -41,10 +47,7 @@ def attend(
     """
     aten = torch.ops.aten
     if q.device.type == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, False, attn_mask=_cpu_bias(bias, q), scale=scale
-        )
-        return _hide_empty(out, lse, bias)
+        return _attend_cpu(q, k, v, bias, scale)
     if q.device.type == "cuda" and q.dtype != torch.float64:
         if bias is None and q.dtype != torch.float32:
             width = q.shape[-1]
@@ -98,6 +101,35 @@ def key_bias(attn_mask: Tensor | None, q: Tensor) -> Tensor | None:
         return attn_mask.to(lse_dtype(q.dtype))
     bias = torch.zeros(attn_mask.shape, dtype=lse_dtype(q.dtype), device=q.device)
     return bias.masked_fill_(~attn_mask, -math.inf)
+
+
+def _attend_cpu(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The flash kernel, over stretches of the keys where its query tiles are small.
+
+    Each query tile reads all keys. With few queries the tiles are small, and keys that do not fit
+    the cache are read from memory again and again: up to 1.3 times slower (docs/notes/kernels.md).
+    """
+    keys = k.shape[2]
+    stretch = CPU_KEY_STRETCH if q.shape[2] < CPU_LARGE_TILES else keys
+    out, lse = q.new_empty(0), q.new_empty(0)
+    for start in range(0, keys, stretch):
+        # A stretch of less than half the length joins the one before it.
+        stop = keys if keys - start < 1.5 * stretch else start + stretch
+        part_bias = None if bias is None else bias[..., start:stop]
+        part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k[:, :, start:stop], v[:, :, start:stop], 0.0, False,
+            attn_mask=_cpu_bias(part_bias, q), scale=scale,
+        )  # fmt: skip
+        part, part_lse = _hide_empty(part, part_lse, part_bias)
+        if start == 0:
+            out, lse = part, part_lse
+        else:
+            out, lse = merge(out, lse, part, part_lse, may_be_empty=bias is not None)
+        if stop == keys:
+            break
+    return out.to(q.dtype), lse
 
 
 def _cpu_bias(bias: Tensor | None, q: Tensor) -> Tensor | None:

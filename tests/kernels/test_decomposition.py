@@ -43,6 +43,31 @@ def test_pieces_rebuild_the_mask(mask: TileMask) -> None:
     assert sum(run.count for span in plan.spans for run in span) == plan.sparse_rows
 
 
+@given(st.integers(1, 9).flatmap(masks), st.integers(1, 5))
+def test_blocks_are_the_sparse_rows(mask: TileMask, rows: int) -> None:
+    plan = decompose(*mask.segments(), mask.frames)
+    blocks = plan.blocks(rows)
+    frames = [i for block in blocks for start, stop in block.frames for i in range(start, stop)]
+    assert frames == [run.first + n for run in plan.runs for n in range(run.count)]
+    own = {run.first + n: run.own for run in plan.runs for n in range(run.count)}
+    position = 0
+    for block in blocks:
+        assert 1 <= block.count <= rows
+        assert block.position == position
+        position += block.count
+        for start, stop in block.frames:
+            assert all(own[i] == block.own for i in range(start, stop))
+        if len(block.frames) > 1:
+            assert all(stop - start == 1 for start, stop, _ in block.own)
+
+
+def test_blocks_of_the_papers_mask_pass_over_its_dense_rows() -> None:
+    plan = decompose(*Rule(2).mask(8).segments(), 8)
+    assert [block.frames for block in plan.blocks(8)] == [((1, 4), (5, 8))]
+    assert [block.frames for block in plan.blocks(4)] == [((1, 4),), ((5, 8),)]
+    assert [block.frames for block in plan.blocks(2)] == [((1, 3),), ((3, 4), (5, 6)), ((6, 8),)]
+
+
 def test_the_papers_mask() -> None:
     plan = decompose(*Rule(2).mask(8).segments(), 8)
     assert plan.dense == ((0, 1), (4, 5))
@@ -51,7 +76,6 @@ def test_the_papers_mask() -> None:
         Run(first=1, count=3, position=0, own=((0, 1, 0.0),)),
         Run(first=5, count=3, position=3, own=((0, 1, 0.0),)),
     )
-    assert not plan.is_weighted
 
 
 def test_a_weight_stays_with_the_shared_keys() -> None:
@@ -59,7 +83,6 @@ def test_a_weight_stays_with_the_shared_keys() -> None:
     (shared,) = plan.shared
     assert shared.keys == ((0, 1),)
     assert shared.weights == pytest.approx((math.log(3.0),) * 3)
-    assert plan.is_weighted
 
 
 def test_the_full_mask_is_one_piece() -> None:

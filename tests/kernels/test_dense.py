@@ -50,6 +50,22 @@ def test_forward_and_backward(
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("hidden", [0, 20], ids=["plain", "first keys hidden"])
+@pytest.mark.parametrize("keys", [15, 16, 23, 24, 33, 50])
+def test_few_queries_take_the_keys_in_stretches(
+    keys: int, hidden: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = tensors((2, 3, 7, keys, 16), torch.float64)
+    bias = torch.zeros(1, 1, 1, keys, dtype=torch.float64) if hidden else None
+    if bias is not None:
+        bias[..., : min(hidden, keys - 1)] = -math.inf  # whole stretches without a key
+    whole, lse = dense.attend(q, k, v, bias, 0.2)
+    monkeypatch.setattr(dense, "CPU_KEY_STRETCH", 16)
+    out, out_lse = dense.attend(q, k, v, bias, 0.2)
+    torch.testing.assert_close(out, whole)
+    torch.testing.assert_close(out_lse, lse)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_lse_is_float32(dtype: torch.dtype) -> None:
     out, lse = dense.attend(*tensors(SHAPES[1], dtype), None, 0.2)

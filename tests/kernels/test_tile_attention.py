@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from evdit_opt.grid import TokenLayout, VideoGrid
 from evdit_opt.kernels import decomposed, tile_attention
-from evdit_opt.kernels.decomposed import Schedule
 from evdit_opt.masks import Rule, TileMask
 from tests.kernels.oracle import Case, cases, oracle, strided
 from tests.tolerance import assert_close_to_fp64
@@ -63,24 +62,22 @@ def test_reference_is_exact(case: Case) -> None:
     check(case, "reference")
 
 
-@given(cases((torch.float32, torch.float64), max_tokens=900), st.booleans(), st.integers(1, 4))
+@given(cases((torch.float32, torch.float64), max_tokens=900), st.integers(1, 4))
 @settings(max_examples=80)
-def test_every_schedule_is_exact(case: Case, merge: bool, rows_per_call: int) -> None:
-    schedule = Schedule(merge=merge, rows_per_call=rows_per_call)
-    with mock.patch.object(decomposed, "choose_schedule", return_value=schedule):
+def test_every_block_size_is_exact(case: Case, rows: int) -> None:
+    with mock.patch.object(decomposed, "rows_per_block", return_value=rows):
         check(case, "decomposed")
 
 
-@pytest.mark.parametrize("merge", [False, True], ids=["gather", "merge"])
+@pytest.mark.parametrize("rows", [1, 2, 9])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_low_precision_of_both_forms(dtype: torch.dtype, merge: bool) -> None:
+def test_low_precision_in_every_block_size(dtype: torch.dtype, rows: int) -> None:
     case = Case(
         mask=Rule(2, 1, "balanced").mask(9), layout=TokenLayout(VideoGrid(9, 63, 1), prefix=5),
         batch=1, heads=2, kv_heads=2, head_dim=64, dtype=dtype, kind="transposed", padding="none",
         scale=None, seed=0,
     )  # fmt: skip
-    schedule = Schedule(merge=merge, rows_per_call=2)
-    with mock.patch.object(decomposed, "choose_schedule", return_value=schedule):
+    with mock.patch.object(decomposed, "rows_per_block", return_value=rows):
         check(case, "decomposed")
 
 

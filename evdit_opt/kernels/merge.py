@@ -1,0 +1,35 @@
+"""Attention over two sets of keys from the attention over each: the log-sum-exp merge."""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["merge"]
+
+
+def merge(
+    out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, may_be_empty: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys.
+
+    Args:
+        out: attention over one set, ``[..., queries, head_dim]``.
+        lse: its log-sum-exp, ``[..., queries]``, float32 or float64; -inf where it saw no key.
+        part: attention over the other set, like out; so is part_lse.
+        may_be_empty: whether a log-sum-exp may be -inf.
+
+    Returns:
+        out in the dtype of lse, and lse.
+    """
+    difference = part_lse - lse
+    if may_be_empty:
+        # -inf - -inf: no key seen on either side.
+        difference = torch.nan_to_num(difference, nan=0.0, posinf=math.inf, neginf=-math.inf)
+        lse = torch.logaddexp(lse, part_lse)
+    else:
+        # The same number as logaddexp, which is 20 times slower on a CPU.
+        lse = lse + torch.nn.functional.softplus(difference, threshold=40.0)
+    share = torch.sigmoid(difference).unsqueeze(-1)
+    # Three vectorised passes; lerp with a broadcast weight is scalar on a CPU.
+    return (part.to(share.dtype) - out).mul_(share).add_(out), lse

@@ -1,0 +1,108 @@
+"""Inlining: the same numbers from what Inductor makes of the pieces, and only where it may."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from evdit_opt.grid import TokenLayout, VideoGrid
+from evdit_opt.masks import Rule, TileMask
+from evdit_opt.passes import inline_decomposed
+from tests.kernels.oracle import oracle
+from tests.passes.graph_builder import GraphBuilder, calls
+from tests.tolerance import assert_close_to_fp64
+
+OP = torch.ops.evdit.tile_attention.default
+LAYOUT = TokenLayout(VideoGrid(7, 9, 1), prefix=3)
+MASKS = {
+    "references": Rule(2, 0, "balanced", "centred"),
+    "references and window": Rule(2, 1),
+    "window": Rule(0, 1),
+}
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: TileMask, impl: str = "auto") -> Any:
+    grid = LAYOUT.grid
+    return OP(
+        q, k, v, None, *map(list, mask.segments()), grid.frames, grid.tokens_per_frame,
+        LAYOUT.prefix, LAYOUT.suffix, None, impl,
+    )  # fmt: skip
+
+
+def backend(inlined: list[int]) -> Any:
+    from torch._inductor.compile_fx import compile_fx
+
+    def compile_inlined(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        inlined.append(inline_decomposed.inline_decomposed(gm))
+        return compile_fx(gm, inputs)
+
+    return compile_inlined
+
+
+@pytest.mark.parametrize("rule", MASKS.values(), ids=MASKS)
+def test_inductor_computes_the_pieces(rule: Rule) -> None:
+    mask, inlined = rule.mask(7), []
+
+    def model(x: Tensor) -> tuple[Tensor, Tensor]:  # [1, seq, 3 * heads * head_dim]
+        q, k, v = x.unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4).unbind()
+        out, lse = attend(torch.cos(q), k * 2, v + 1, mask)
+        return torch.sin(out.transpose(1, 2).flatten(2)), lse
+
+    x = torch.randn(1, LAYOUT.seq_len, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        out, lse = torch.compile(model, backend=backend(inlined), dynamic=False)(x)
+    assert inlined == [1]
+
+    def exact(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        wide = x.to(dtype)
+        q, k, v = wide.unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4).unbind()
+        out, lse = oracle(torch.cos(q), k * 2, v + 1, mask, LAYOUT, dtype=dtype)
+        return torch.sin(out.transpose(1, 2).flatten(2)), lse
+
+    for got, wanted, eager, name in zip(
+        (out, lse), exact(torch.float64), exact(torch.float32), ("out", "lse"), strict=True
+    ):
+        assert_close_to_fp64(got, wanted, eager.to(got.dtype), name)
+
+
+def test_under_autocast_the_operator_chooses_the_dtype() -> None:
+    mask, inlined = Rule(1).mask(7), []
+    q, k, v = (torch.randn(1, 2, LAYOUT.seq_len, 16) for _ in range(3))
+    compiled = torch.compile(lambda: attend(q, k, v, mask)[0], backend=backend(inlined))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = compiled()
+    assert inlined == [1]
+    assert out.dtype == torch.bfloat16
+
+
+def graph(impl: str, tokens: Any = 9, device: str = "cpu") -> fx.GraphModule:
+    build = GraphBuilder()
+    nodes = [build.input(f"l_{name}_", 1, 2, LAYOUT.seq_len, 16) for name in "qkv"]
+    for node in nodes:
+        node.meta["example_value"] = torch.empty(1, 2, LAYOUT.seq_len, 16, device=device)
+    rows = list(map(list, Rule(1).mask(7).segments()))
+    node = build.graph.call_function(OP, (*nodes, None, *rows, 7, tokens, 3, 0, None, impl))
+    return build.module(node)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "grad", "expected"),
+    [
+        ({"impl": "auto"}, False, 1),
+        ({"impl": "decomposed"}, False, 1),
+        ({"impl": "decomposed"}, True, 0),
+        ({"impl": "reference"}, False, 0),
+        ({"impl": "auto", "device": "meta"}, False, 0),
+        ({"impl": "auto", "tokens": None}, False, 0),
+    ],
+    ids=["auto", "decomposed", "gradients", "reference", "another device", "dynamic"],
+)
+def test_only_where_it_is_the_same_computation(
+    arguments: dict[str, Any], grad: bool, expected: int
+) -> None:
+    gm = graph(**arguments)
+    with torch.set_grad_enabled(grad):
+        assert inline_decomposed.inline_decomposed(gm) == expected
+    operators = [n for n in calls(gm, "tile_attention") if n.target is OP]
+    assert len(operators) == 1 - expected
