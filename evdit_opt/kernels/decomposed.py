@@ -25,7 +25,7 @@ __all__ = ["forward", "rows_per_block"]
 
 # Queries of a block on a CPU: enough for the flash kernel's large query tiles (from 768 queries),
 # few enough for its partial results to stay in the cache.
-CPU_BLOCK_QUERIES = 2048
+CPU_BLOCK_QUERIES = 1600
 
 
 def rows_per_block(geometry: Geometry, device_type: str) -> int:
