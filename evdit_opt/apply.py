@@ -16,6 +16,7 @@ from evdit_opt.passes.marks import RootMark, SiteSpec, add_marks
 from evdit_opt.passes.swap_attention import SiteOutcome
 from evdit_opt.plan import Plan
 from evdit_opt.report import Report
+from evdit_opt.reuse import Reusing
 
 __all__ = ["apply_plan", "is_optimized", "report", "restore"]
 
@@ -94,7 +95,10 @@ def apply_plan(
     model._evdit = applied  # type: ignore[assignment]
     if not plan.rules:
         logger.warning("this plan leaves every site dense; %s is compiled dense", plan.model_class)
-    model._compiled_call_impl = compile_call(model, _Backend(model, options), whole, dynamic)
+    call = compile_call(model, _Backend(model, options), whole, dynamic)
+    if plan.reuse is not None:
+        call = _reusing(model, call, plan, applied)
+    model._compiled_call_impl = call
     return model
 
 
@@ -150,6 +154,25 @@ class _Backend:
         applied.graphs += 1
         applied.compiled.update({site.name: site for site in done.sites})
         return compiled
+
+
+def _reusing(
+    model: nn.Module, call: Callable[..., Any], plan: Plan, applied: Applied
+) -> Callable[..., Any]:
+    assert plan.reuse is not None
+    if plan.reuse.timestep not in applied.parameters:
+        applied.remove()
+        del model._evdit
+        raise PlanMismatchError(
+            f"expected {plan.model_class}.forward to take {plan.reuse.timestep!r}, the noise level "
+            f"by which the plan reuses residuals; it takes {', '.join(applied.parameters)}"
+        )
+    modules = dict(model.named_modules())
+    for name in plan.reuse.sites:
+        modules[name]._evdit_site.reuses = True  # type: ignore[union-attr]
+    sites = {name: modules[name] for name in plan.reuse.sites}
+    source = plan.grid_source
+    return Reusing(call, plan.reuse, source.input, applied.parameters, applied.live, sites)
 
 
 def _specs(plan: Plan) -> dict[str, str]:

@@ -21,6 +21,7 @@ from evdit_opt.passes.grid_source import GridSource
 from evdit_opt.plan_records import (
     MAX_TOKENS,
     CalibrationRecord,
+    ReuseRecord,
     RuleEvidence,
     SiteLayout,
     SitePlan,
@@ -35,6 +36,7 @@ __all__ = [
     "PLAN_FILE",
     "CalibrationRecord",
     "Plan",
+    "ReuseRecord",
     "RuleEvidence",
     "SiteLayout",
     "SitePlan",
@@ -42,7 +44,7 @@ __all__ = [
     "TrialRecord",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PLAN_FILE = "evdit_plan.json"
 """Name of a plan beside a checkpoint."""
 
@@ -63,6 +65,7 @@ class Plan:
         min_tokens: sequence length in tokens below which sites run dense.
         fullgraph: True if the model was captured as one graph.
         calibration: how the plan was found.
+        reuse: which sites carry what their mask drops from step to step; None: none does.
         quality: held-out clips compared with their dense twins; None if not verified.
         speed: measured speed; None if not measured.
         versions: names and versions of the packages it was made with, sorted by name.
@@ -80,6 +83,7 @@ class Plan:
     min_tokens: int
     fullgraph: bool
     calibration: CalibrationRecord
+    reuse: ReuseRecord | None = None
     quality: QualityReport | None = None
     speed: SpeedRecord | None = None
     versions: tuple[tuple[str, str], ...] = ()
@@ -97,6 +101,10 @@ class Plan:
         [(name, count)] = Counter(site.name for site in self.sites).most_common(1)
         if count > 1:
             raise PlanError(f"expected every site once, got {name!r} {count} times")
+        if self.reuse is not None:
+            without = sorted(set(self.reuse.sites) - set(self.rules))
+            if without:
+                raise PlanError(f"expected a rule at every site that reuses, {without[0]} has none")
         if len(self.versions) > 100 or list(self.versions) != sorted(dict(self.versions).items()):
             raise PlanError("expected versions of at most 100 packages, each once, sorted by name")
         for package, version in self.versions:
@@ -187,6 +195,7 @@ class Plan:
             sites=tuple((site.name, site.rule, site.layout) for site in self.sites),
             grid_source=self.grid_source,
             min_tokens=self.min_tokens,
+            reuse=self.reuse,
         )
         return hashlib.sha256(strict_json.dump(content).encode()).hexdigest()
 
@@ -230,6 +239,11 @@ class Plan:
             f"threshold {self.calibration.threshold:.3g}",
             f"mean density {self.density:.3f}, {len(self.rules)} of {len(self.sites)} sites sparse",
         ]
+        if self.reuse is not None:
+            head.append(
+                f"{len(self.reuse.sites)} sites reuse what their mask drops, renewed at "
+                f"{len(self.reuse.refresh_at)} noise levels from {self.reuse.refresh_at[0]:.4g}"
+            )
         if self.quality is not None:
             head.append(f"held-out quality: {self.quality.describe()}")
         if self.speed is not None:
@@ -257,6 +271,7 @@ class _Numerics:
     sites: tuple[tuple[str, Rule | None, SiteLayout], ...]
     grid_source: GridSource
     min_tokens: int
+    reuse: ReuseRecord | None
 
 
 def _read(path: Path) -> str:

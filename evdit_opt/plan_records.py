@@ -1,5 +1,6 @@
 """The records a plan is made of. Each refuses values outside its range with a ``PlanError``."""
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from evdit_opt.masks import Rule
 __all__ = [
     "MAX_TOKENS",
     "CalibrationRecord",
+    "ReuseRecord",
     "RuleEvidence",
     "SiteLayout",
     "SitePlan",
@@ -21,6 +23,7 @@ __all__ = [
 ]
 
 MAX_TOKENS = 2**31 - 1
+MAX_REFRESHES = 10_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +92,37 @@ class SitePlan:
         require_number("density", self.density, 0.0, 1.0)
         if self.rule is None and self.density != 1.0:
             raise PlanError(f"expected density 1 at a dense site, got {self.density}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReuseRecord:
+    """Which sites carry what their mask drops from step to step, and when they renew it.
+
+    Attributes:
+        sites: names of the sites; each has a rule, used between refreshes.
+        timestep: the parameter of the model's forward that holds the noise level.
+        refresh_at: noise levels, in units of that parameter, descending. The first step at or below
+            each of them is a refresh; steps above the first are dense.
+    """
+
+    sites: tuple[str, ...]
+    timestep: str
+    refresh_at: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        require_text("timestep", self.timestep, 100)
+        for name in self.sites:
+            require_text("sites", name, 256)
+        if not 1 <= len(self.refresh_at) <= MAX_REFRESHES:
+            raise PlanError(
+                f"expected 1 to {MAX_REFRESHES} refresh levels, got {len(self.refresh_at)}"
+            )
+        for level in self.refresh_at:
+            require_number("refresh_at", level, 0.0)
+        if any(a <= b for a, b in itertools.pairwise(self.refresh_at)):
+            raise PlanError("expected refresh levels in descending order, each once")
+        if len(set(self.sites)) != len(self.sites) or not 1 <= len(self.sites) <= MAX_REFRESHES:
+            raise PlanError(f"expected 1 to {MAX_REFRESHES} sites that reuse, each once")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ from evdit_opt.passes.grid_source import GridSource
 from evdit_opt.plan import (
     CalibrationRecord,
     Plan,
+    ReuseRecord,
     RuleEvidence,
     SiteLayout,
     SitePlan,
@@ -52,6 +53,9 @@ PLAN = Plan(
         threshold=0.1,
         trials=(TrialRecord(name="searched, balanced", density=0.77, output=0.1, temporal=0.3),),
         held_out_error=0.11,
+    ),
+    reuse=ReuseRecord(
+        sites=("blocks.0.attn1",), timestep="timestep", refresh_at=(1000.0, 800.5, 20.0)
     ),
     quality=QualityReport(
         clips=2,
@@ -131,5 +135,5 @@ plans = st.builds(
     ),
     speed=st.none() | st.just(PLAN.speed),
     versions=st.dictionaries(words, words, max_size=4).map(lambda d: tuple(sorted(d.items()))),
-    schema_version=st.just(1),
+    schema_version=st.just(2),
 )

@@ -100,7 +100,7 @@ def test_a_plan_for_another_model_says_what_differs() -> None:
         lambda: SiteLayout(prefix=-1),
         lambda: dataclasses.replace(PLAN, min_tokens=1.0),
         lambda: dataclasses.replace(PLAN, sites=()),
-        lambda: dataclasses.replace(PLAN, schema_version=2),
+        lambda: dataclasses.replace(PLAN, schema_version=1),
         lambda: dataclasses.replace(PLAN, versions=(("torch", "2"), ("accelerate", "1"))),
         lambda: dataclasses.replace(PLAN.sites[0], reason=""),
         lambda: dataclasses.replace(EVIDENCE[0], output=float("nan")),

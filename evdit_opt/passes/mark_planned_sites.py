@@ -35,12 +35,18 @@ def mark_planned_sites(
         names: ``id(module) -> path``; None: take the paths Dynamo wrote down.
 
     Raises:
-        PlanMismatchError: naming planned sites whose attention is not in this graph.
+        PlanMismatchError: naming planned sites whose attention is not in this graph; or if the plan
+            reuses residuals, which needs to know the steps.
         LayoutError: if the grid cannot be read.
     """
     rules = plan.rules
     if not rules:
         return
+    if plan.reuse is not None:
+        raise PlanMismatchError(
+            "expected a plan without residual reuse for torch.compile(..., backend='evdit'): what "
+            "is kept from step to step hangs on the model; use evdit_opt.apply_plan(model, plan)"
+        )
     grid = grid or _read_grid(gm.graph, plan)
     layouts = {site.name: site.layout for site in plan.sites}
     marked = set()
@@ -56,7 +62,7 @@ def mark_planned_sites(
             continue  # the cross-attention of the same module
         layout = layouts[site]
         spec = SiteSpec(rules[site], layout.prefix, layout.suffix, plan.min_tokens).encode()
-        arguments = (shared[0], spec, grid.frames, grid.tokens_per_frame, None)
+        arguments = (shared[0], spec, grid.frames, grid.tokens_per_frame, None, "sparse", None)
         readers = [reader for origin in origins for reader in origin.projections[shared[0]]]
         with gm.graph.inserting_after(shared[0]):
             mark = gm.graph.call_function(MARK, arguments)

@@ -20,6 +20,7 @@ from evdit_opt.passes.grid_source import GridSource
 
 __all__ = [
     "MARK",
+    "MODES",
     "LiveGrid",
     "RootMark",
     "SiteMark",
@@ -63,10 +64,17 @@ class SiteSpec:
 @torch.library.custom_op(
     "evdit::mark",
     mutates_args=(),
-    schema="(Tensor x, str spec, SymInt frames, SymInt tokens_per_frame, Tensor? index) -> Tensor",
+    schema="(Tensor x, str spec, SymInt frames, SymInt tokens_per_frame, Tensor? index, str mode, "
+    "Tensor? residual) -> Tensor",
 )
 def mark_op(
-    x: Tensor, spec: str, frames: int, tokens_per_frame: int, index: Tensor | None
+    x: Tensor,
+    spec: str,
+    frames: int,
+    tokens_per_frame: int,
+    index: Tensor | None,
+    mode: str,
+    residual: Tensor | None,
 ) -> Tensor:
     """``x``, marked as the hidden states of a site; exists in graphs only, never runs.
 
@@ -76,6 +84,9 @@ def mark_op(
         frames: latent frames of this forward.
         tokens_per_frame: tokens of a frame in this forward.
         index: 0-d integer, number of the site; only while observing.
+        mode: what the site does in this step, one of :data:`MODES`.
+        residual: what the site keeps from a refresh to the next, like the attention's output; only
+            in the modes "refresh" and "reuse".
     """
     raise PlanMismatchError(
         "expected the evdit backend to compile this graph, another backend did: a site mark was "
@@ -90,23 +101,41 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 MARK = torch.ops.evdit.mark.default
 
+MODES = ("sparse", "dense", "refresh", "reuse")
+"""What a site does in a step: its mask; dense attention; dense attention, keeping what the mask
+would have dropped (the residual); its mask plus the residual."""
+
 
 @dataclass
 class LiveGrid:
-    """The grid of the forward that is running."""
+    """The grid of the forward that is running, and what its step asks of the sites that reuse."""
 
     frames: int = 0
     tokens_per_frame: int = 0
+    mode: str = "sparse"
 
 
 @dataclass
 class SiteMark:
-    """What hangs on a site's module: its name, and the arguments of its mark."""
+    """What hangs on a site's module: its name, and the arguments of its mark.
+
+    Attributes:
+        reuses: whether the step's mode is the site's too; else it is always "sparse", but in
+            dense steps.
+        residual: as in the mark; set before every forward of a model that reuses.
+    """
 
     name: str
     spec: str
     live: LiveGrid
     index: Tensor | None = None
+    reuses: bool = False
+    residual: Tensor | None = None
+
+    @property
+    def mode(self) -> str:
+        """One of :data:`MODES`."""
+        return self.live.mode if self.reuses or self.live.mode == "dense" else "sparse"
 
 
 @dataclass
@@ -206,7 +235,9 @@ def _mark_input(
             "Dynamo hit its recompile limit, use fewer shapes or fewer distinct rules"
         )
     live = site.live
-    facts = (site.spec, live.frames, live.tokens_per_frame, site.index)
+    mode = site.mode
+    residual = site.residual if mode in ("refresh", "reuse") else None
+    facts = (site.spec, live.frames, live.tokens_per_frame, site.index, mode, residual)
     if "hidden_states" in kwargs:
         return args, {**kwargs, "hidden_states": MARK(kwargs["hidden_states"], *facts)}
     return (MARK(args[0], *facts), *args[1:]), kwargs

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from evdit_opt.errors import LayoutError, PlanMismatchError
@@ -24,7 +24,7 @@ from evdit_opt.passes.graph import (
 )
 from evdit_opt.passes.marks import MARK, SiteSpec, remove_mark
 
-__all__ = ["SiteOutcome", "match_marks", "swap_attention"]
+__all__ = ["ResidualMissing", "SiteOutcome", "match_marks", "swap_attention"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,15 @@ def swap_attention(
              out = scaled_dot_product_attention(q(x'), k(x'), v(x'))
     after:   out, lse = evdit.tile_attention(q(x), k(x), v(x), mask, intervals, log_weights, ...)
 
+    In the mode "refresh" the attention stays, and what the mask would have dropped is kept:
+
+    after:   out = scaled_dot_product_attention(q(x), k(x), v(x))
+             sparse, lse = evdit.tile_attention(q(x), k(x), v(x), mask, ...)
+             residual.copy_(out - sparse)
+
+    and in the mode "reuse" it is added: ``out = sparse + residual``. In the mode "dense" only the
+    mark goes.
+
     Only an attention whose q, k and v all come from one and the same mark, and from no other, is
     the site's: that leaves the cross-attention of a marked module alone. Short sequences, and clips
     with so few frames that the rule keeps every tile, stay dense, with the reason.
@@ -65,22 +74,54 @@ def swap_attention(
     Raises:
         PlanMismatchError: if a mark has no attention it could be applied to; names the site.
         LayoutError: if the sequence does not fit the grid and the text of the plan.
+        ResidualMissing: if sites that reuse have no residual of the right shape yet.
     """
     import evdit_opt.kernels.ops  # noqa: F401  (registers the operator)
 
     outcomes = []
+    missing: dict[str, Tensor] = {}
     for body in subgraphs(gm):
         for mark, calls in match_marks(body.graph):
             name = layer_fqn(mark, names) or "a site whose name Dynamo lost"
             if not calls:
                 raise PlanMismatchError(_nothing_to_rewrite(name, body.graph))
+            if not _has_residual(mark, calls, name):
+                missing[name] = value_of(calls[0])
+                continue
             for number, call in enumerate(calls):
                 outcome = _rewrite(call, mark, name, impl)
                 if number == 0:
                     outcomes.append(outcome)
             remove_mark(mark)
         body.recompile()
+    if missing:
+        raise ResidualMissing(missing)
     return outcomes
+
+
+class ResidualMissing(Exception):
+    """Not an error: tells who keeps the residuals what they have to look like.
+
+    Attributes:
+        like: example output of the attention, by site.
+    """
+
+    def __init__(self, like: Mapping[str, Tensor]) -> None:
+        super().__init__(f"residuals of {', '.join(like)}")
+        self.like = dict(like)
+
+
+def _has_residual(mark: fx.Node, calls: list[fx.Node], name: str) -> bool:
+    residual = mark.args[6]
+    if mark.args[5] not in ("refresh", "reuse"):
+        return True
+    if len(calls) > 1:
+        raise PlanMismatchError(
+            f"expected {name} to call its attention once a forward to keep a residual, it does so "
+            f"{len(calls)} times; take the site out of the plan's reuse"
+        )
+    wanted, got = value_of(calls[0]), value_of(residual)
+    return (got.shape, got.device) == (wanted.shape, wanted.device)
 
 
 def match_marks(graph: fx.Graph) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
@@ -132,6 +173,9 @@ def _rewrite(call: fx.Node, mark: fx.Node, name: str, impl: str) -> SiteOutcome:
     if reason:
         return SiteOutcome(name, spec.rule, 1.0, reason)
 
+    mode, residual = mark.args[5], mark.args[6]
+    if mode == "dense":
+        return SiteOutcome(name, spec.rule, 1.0, "this noise level is dense in the plan")
     graph = call.graph
     intervals, log_weights = mask.segments()
     target = torch.ops.evdit.tile_attention.default
@@ -153,8 +197,15 @@ def _rewrite(call: fx.Node, mark: fx.Node, name: str, impl: str) -> SiteOutcome:
         )
         both = _call(graph, target, arguments, call)
         out = _call(graph, operator.getitem, (both, 0), call)
-    call.replace_all_uses_with(out)
-    graph.erase_node(call)
+        if mode == "reuse":
+            out = _call(graph, operator.add, (out, residual), call)
+    if mode == "refresh":
+        with graph.inserting_before(call.next):
+            dropped = _call(graph, operator.sub, (call, out), call)
+            _call(graph, torch.ops.aten.copy_.default, (residual, dropped), call)
+    else:
+        call.replace_all_uses_with(out)
+        graph.erase_node(call)
     return SiteOutcome(name, spec.rule, mask.density)
 
 

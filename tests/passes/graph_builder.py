@@ -62,8 +62,11 @@ class GraphBuilder:
         volume = self.call(torch.conv3d, video, self.weight(16, 4, 1, 1, 1))
         return self.call(torch.transpose, self.call(torch.flatten, volume, 2), 1, 2)
 
-    def mark(self, x: fx.Node, spec: SiteSpec, frames: int, tokens: int) -> fx.Node:
-        return self.call(MARK, x, spec.encode(), frames, tokens, None)
+    def mark(
+        self, x: fx.Node, spec: SiteSpec, frames: int, tokens: int,
+        mode: str = "sparse", residual: fx.Node | None = None,
+    ) -> fx.Node:  # fmt: skip
+        return self.call(MARK, x, spec.encode(), frames, tokens, None, mode, residual)
 
     def module(self, *outputs: fx.Node) -> fx.GraphModule:
         self.graph.output(outputs)

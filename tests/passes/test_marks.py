@@ -24,7 +24,7 @@ def test_a_spec_survives_its_string(spec: SiteSpec) -> None:
 
 def test_a_mark_that_runs_is_an_error() -> None:
     with pytest.raises(PlanMismatchError, match="a site mark was left in it"):
-        MARK(torch.ones(1, 2, 3), SiteSpec(Rule()).encode(), 2, 1, None)
+        MARK(torch.ones(1, 2, 3), SiteSpec(Rule()).encode(), 2, 1, None, "sparse", None)
 
 
 def test_another_backend_does_not_silently_drop_a_mark() -> None:

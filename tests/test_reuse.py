@@ -1,0 +1,314 @@
+"""Residual reuse: against a second, uncompiled implementation, and that state never mixes."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+from evdit_opt.apply import apply_plan, is_optimized, report, restore
+from evdit_opt.errors import PlanError, PlanMismatchError, UnsupportedInputError
+from evdit_opt.grid import TokenLayout
+from evdit_opt.masks import Rule
+from evdit_opt.plan import Plan
+from evdit_opt.reuse import STRANGERS, refresh_every, with_reuse
+from tests.models.masked import masked_attention
+from tests.models.toy_dit import GRID, ToyDiT, make_plan, toy_inputs, toy_rules
+
+# float32 rounding of a different summation order, over the steps of a run.
+CLOSE = 4e-6
+LEVELS = (900.0, 800.0, 650.0, 400.0, 250.0, 100.0)
+
+
+class TimedToy(ToyDiT):
+    """The toy with a noise level, on which its attention depends."""
+
+    def forward(self, hidden_states: Tensor, text: Tensor, timestep: Tensor) -> Tensor:
+        return super().forward(hidden_states * (1 + timestep.reshape(-1, 1, 1, 1, 1) / 500), text)
+
+
+def timed_toy(layers: int = 2, breaks: bool = False) -> TimedToy:
+    torch.manual_seed(0)
+    return TimedToy(layers, breaks=breaks).eval()
+
+
+def conditioning(seed: int = 1, batch: int = 1) -> dict[str, Tensor]:
+    given = toy_inputs()
+    torch.manual_seed(seed)
+    video = torch.randn(batch, *given["hidden_states"].shape[1:])
+    return {"hidden_states": video, "text": torch.randn(batch, *given["text"].shape[1:])}
+
+
+def call(model: nn.Module, inputs: dict[str, Tensor], level: float) -> Tensor:
+    with torch.no_grad():
+        timestep = torch.full((inputs["text"].shape[0],), level)
+        return model(**inputs, timestep=timestep).clone()
+
+
+def sample(model: nn.Module, inputs: dict[str, Tensor], levels: Any = LEVELS) -> list[Tensor]:
+    return [call(model, inputs, level) for level in levels]
+
+
+@contextmanager
+def reused_attention(
+    model: nn.Module, rules: dict[str, Rule], modes: dict[str, str], residuals: dict[str, Tensor]
+) -> Iterator[None]:
+    """Run ``model`` eagerly; ``modes`` says per site what its attention does. No compiler."""
+    running: list[str] = []
+    layout = TokenLayout(GRID)
+    biases = {name: rule.mask(GRID.frames).expand(layout) for name, rule in rules.items()}
+    attend = F.scaled_dot_product_attention
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not running or k.shape[2] != layout.seq_len:
+            return attend(q, k, v)
+        site = running[-1]
+        sparse = attend(q, k, v, biases[site].to(q.dtype))
+        if modes[site] == "refresh":
+            residuals[site] = attend(q, k, v) - sparse
+        if modes[site] in ("refresh", "dense"):
+            return attend(q, k, v)
+        return sparse + residuals[site] if modes[site] == "reuse" else sparse
+
+    handles = []
+    for name in rules:
+        module = model.get_submodule(name)
+        enter = lambda _module, _args, site=name: running.append(site)  # noqa: E731
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(lambda *_: (running.pop(), None)[1]))
+    try:
+        with mock.patch.object(F, "scaled_dot_product_attention", attention):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def expected(
+    model: nn.Module, rules: dict[str, Rule], inputs: dict[str, Tensor], modes: str,
+    reusing: tuple[str, ...], levels: Any = LEVELS,
+) -> list[Tensor]:  # fmt: skip
+    names = {"f": "refresh", "u": "reuse", "d": "dense"}
+    residuals: dict[str, Tensor] = {}
+    outputs = []
+    for letter, level in zip(modes, levels, strict=True):
+        mode = names[letter]
+        others = "dense" if mode == "dense" else "sparse"
+        by_site = {site: mode if site in reusing else others for site in rules}
+        with reused_attention(model, rules, by_site, residuals):
+            outputs.append(call(model, inputs, level))
+    return outputs
+
+
+def error(actual: list[Tensor], right: list[Tensor]) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(actual, right, strict=True))
+
+
+def reusing_plan(model: nn.Module, refresh_at: Any = (900.0, 650.0, 250.0), **more: Any) -> Plan:
+    return with_reuse(make_plan(model, toy_rules(2)), refresh_at, **more)
+
+
+@pytest.mark.parametrize(
+    ("refresh_at", "modes", "inner"),
+    [
+        ((900.0, 650.0, 250.0), "fufufu", "eager"),
+        ((800.0, 300.0), "dfuufu", "eager"),
+        ((800.0, 300.0), "dfuufu", "inductor"),
+        ((1000.0,), "fuuuuu", "eager"),
+        ((901.0, 899.0, 700.0, 600.0, 350.0, 200.0), "ffffff", "eager"),
+    ],
+    ids=["every other step", "dense at first", "compiled", "once", "more levels than steps"],
+)
+def test_a_run_is_that_of_the_reference(refresh_at: Any, modes: str, inner: str) -> None:
+    model, inputs, rules = timed_toy(), conditioning(), toy_rules(2)
+    right = expected(model, rules, inputs, modes, tuple(rules))
+    with masked_attention(model, rules, TokenLayout(GRID)):
+        static = sample(model, inputs)
+    apply_plan(model, reusing_plan(model, refresh_at), inner=inner)
+    got = sample(model, inputs)
+    assert error(got, right) < CLOSE
+    assert error(static, right) > 1e-2
+    again = sample(model, conditioning(2))
+    with torch.no_grad():
+        assert error(again, got) > 1e-2
+    distinct = {"f": "refresh", "u": "reuse", "d": "dense"}.keys() & set(modes)
+    assert report(model).graphs == len(distinct)  # one graph per mode, whatever the steps
+    restore(model)
+    assert not any(hasattr(module, "_evdit_site") for module in model.modules())
+
+
+def test_only_the_named_sites_reuse() -> None:
+    model, inputs, rules = timed_toy(), conditioning(), toy_rules(2)
+    sites = ("blocks.1.attn1",)
+    right = expected(model, rules, inputs, "fufufu", sites)
+    apply_plan(model, reusing_plan(model, sites=sites), inner="eager")
+    assert error(sample(model, inputs), right) < CLOSE
+
+
+def test_layers_that_share_graphs_keep_their_own_residuals() -> None:
+    model, inputs, rules = timed_toy(breaks=True), conditioning(), toy_rules(2)
+    right = expected(model, rules, inputs, "fufufu", tuple(rules))
+    plan = replace(reusing_plan(model), fullgraph=False)
+    apply_plan(model, plan, inner="eager")
+    assert error(sample(model, inputs), right) < CLOSE
+
+
+def test_guidance_branches_interleave() -> None:
+    model, rules = timed_toy(), toy_rules(2)
+    branches = [conditioning(1), conditioning(2)]
+    right = [expected(model, rules, inputs, "fufufu", tuple(rules)) for inputs in branches]
+    apply_plan(model, reusing_plan(model), inner="eager")
+    steps = [[call(model, inputs, level) for inputs in branches] for level in LEVELS]
+    for got, wanted in zip(zip(*steps, strict=True), right, strict=True):
+        assert error(list(got), wanted) < CLOSE
+
+
+def test_pipelines_at_different_steps_interleave() -> None:
+    model, rules = timed_toy(), toy_rules(2)
+    first, second = conditioning(1), conditioning(2)
+    right = [expected(model, rules, inputs, "fufufu", tuple(rules)) for inputs in (first, second)]
+    apply_plan(model, reusing_plan(model), inner="eager")
+    early = sample(model, first, LEVELS[:3])
+    begun = sample(model, second, LEVELS[:4])
+    late, ended = sample(model, first, LEVELS[3:]), sample(model, second, LEVELS[4:])
+    assert error(early + late, right[0]) < CLOSE
+    assert error(begun + ended, right[1]) < CLOSE
+
+
+def test_a_new_video_of_the_same_prompt_starts_anew() -> None:
+    model, rules, inputs = timed_toy(), toy_rules(2), conditioning()
+    apply_plan(model, reusing_plan(model), inner="eager")
+    sample(model, inputs, LEVELS[:4])  # given up half way
+    other = {**inputs, "hidden_states": conditioning(5)["hidden_states"]}
+    got = sample(model, other)
+    restore(model)
+    assert error(got, expected(model, rules, other, "fufufu", tuple(rules))) < CLOSE
+
+
+def test_other_batches_and_freed_conditioning_start_anew() -> None:
+    model, rules = timed_toy(), toy_rules(2)
+    apply_plan(model, reusing_plan(model, (900.0,)), inner="eager")
+    for batch in (1, 2, 1):
+        inputs = conditioning(batch, batch)
+        sample(model, inputs, (900.0, 800.0))
+        # The same place in memory, another prompt, at a level that could continue the last run.
+        text = inputs.pop("text")
+        place, shape = text.data_ptr(), text.shape
+        del text
+        fresh = torch.randn(shape)
+        inputs["text"] = fresh
+        got = call(model, inputs, 650.0)
+        restored = expected(restore(model), rules, inputs, "f", tuple(rules), (650.0,))
+        assert error([got], restored) < CLOSE, f"same memory: {fresh.data_ptr() == place}"
+        apply_plan(model, reusing_plan(model, (900.0,)), inner="eager")
+
+
+def test_threads_do_not_mix() -> None:
+    model, rules = timed_toy(), toy_rules(2)
+    inputs = conditioning(1)
+    others = {**inputs, "hidden_states": conditioning(2)["hidden_states"]}  # the same prompt
+    right = [expected(model, rules, x, "fufufu", tuple(rules)) for x in (inputs, others)]
+    apply_plan(model, reusing_plan(model), inner="eager")
+    sample(model, inputs)  # compiled before the threads start
+    turns, results = threading.Barrier(2), {}
+
+    def work(number: int, given: dict[str, Tensor]) -> None:
+        outputs = []
+        for level in LEVELS:
+            turns.wait(60)
+            outputs.append(call(model, given, level))
+        results[number] = outputs
+
+    threads = [threading.Thread(target=work, args=pair) for pair in enumerate((inputs, others))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, wanted in enumerate(right):
+        assert error(results[number], wanted) < CLOSE
+
+
+def test_a_failed_step_leaves_no_residual() -> None:
+    model, rules, inputs = timed_toy(), toy_rules(2), conditioning()
+    apply_plan(model, reusing_plan(model, (900.0,)), inner="eager")
+    sample(model, inputs, LEVELS[:2])
+    with pytest.raises(RuntimeError):
+        call(model, {**inputs, "text": inputs["text"][..., :3]}, 700.0)
+    got = call(model, inputs, 650.0)
+    right = expected(restore(model), rules, inputs, "fuu", tuple(rules), (900.0, 800.0, 650.0))
+    assert error([got], right[2:]) < CLOSE  # another conditioning failed: this one goes on
+
+
+def test_levels_differing_within_a_batch_are_refused() -> None:
+    model = timed_toy()
+    apply_plan(model, reusing_plan(model), inner="eager")
+    with torch.no_grad(), pytest.raises(UnsupportedInputError, match="one noise level"):
+        model(**conditioning(1, 2), timestep=torch.tensor([900.0, 800.0]))
+    with torch.no_grad(), pytest.raises(UnsupportedInputError, match="'timestep'"):
+        model(*conditioning().values(), None)
+
+
+def test_conditioning_made_anew_in_every_step_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model, inputs = timed_toy(), conditioning()
+    apply_plan(model, reusing_plan(model), inner="eager")
+    kept = []
+    with caplog.at_level(logging.WARNING, "evdit_opt.reuse"):
+        for step in range(STRANGERS + 2):
+            kept.append(inputs["text"].clone())
+            call(model, {**inputs, "text": kept[-1]}, 900.0 - step)
+    assert caplog.text.count("made anew in every step") == 1
+
+
+def test_a_model_without_the_argument_is_refused() -> None:
+    model = timed_toy()
+    with pytest.raises(PlanMismatchError, match="'sigma'"):
+        apply_plan(model, reusing_plan(model, timestep="sigma"), inner="eager")
+    assert not is_optimized(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_torch_compile_alone_cannot_reuse() -> None:
+    model = timed_toy()
+    options = {"plan": reusing_plan(model), "inner": "eager"}
+    compiled = torch.compile(model, backend="evdit", options=options)
+    with pytest.raises(BackendCompilerFailed, match="apply_plan"):
+        call(compiled, conditioning(), 900.0)
+
+
+def test_a_dense_site_cannot_reuse() -> None:
+    plan = make_plan(timed_toy(), {"blocks.0.attn1": None, "blocks.1.attn1": Rule(1)})
+    with pytest.raises(PlanError, match=r"blocks\.0\.attn1"):
+        with_reuse(plan, (900.0,), sites=("blocks.0.attn1",))
+
+
+def test_another_rule_between_refreshes() -> None:
+    plan = make_plan(timed_toy(), toy_rules(2))
+    reusing = with_reuse(plan, (900.0,), rule=Rule(0))
+    assert set(reusing.rules.values()) == {Rule(0)}
+    assert reusing.density == Rule(0).mask(GRID.frames).density
+    assert reusing.fingerprint() != plan.fingerprint()
+    assert "2 sites reuse what their mask drops, renewed at 1 noise level" in reusing.describe()
+
+
+@pytest.mark.parametrize(
+    "levels", [(), (1.0, 1.0), (1.0, 2.0), (float("nan"),), (-1.0,)],
+    ids=["none", "twice", "rising", "nan", "negative"],
+)  # fmt: skip
+def test_levels_out_of_order_are_refused(levels: Any) -> None:
+    with pytest.raises(PlanError):
+        reusing_plan(timed_toy(), levels)
+
+
+def test_every_nth_step() -> None:
+    assert refresh_every(LEVELS, 2) == (900.0, 650.0, 250.0)
+    assert refresh_every(LEVELS, 99) == (900.0,)
+    with pytest.raises(PlanError):
+        refresh_every(LEVELS, 0)
