@@ -85,21 +85,37 @@ def with_reuse(
     return replace(plan, sites=changed, reuse=record, quality=None, speed=None)
 
 
+@dataclass(frozen=True)
+class _Like:
+    """What a residual looks like."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
 @dataclass
 class _Generation:
     """One generation in one guidance branch.
 
     Attributes:
         level: noise level of the latest step.
-        refreshed: how many refresh levels lay at or above the latest refresh.
-        residuals: by site, like the output of its attention.
         storages: of the conditioning that tells the generation from others.
+        shapes: shapes and dtypes of the call's tensors, on which those of the residuals depend.
+        refreshed: how many refresh levels lay at or above the latest refresh; 0: not refreshed yet.
+        residuals: by site, like the output of its attention.
     """
 
     level: float
     storages: tuple[StorageWeakRef, ...]
+    shapes: tuple[Any, ...]
     refreshed: int = 0
     residuals: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its conditioning is gone, so that no call can continue it."""
+        return any(storage.expired() for storage in self.storages)
 
 
 class Reusing:
@@ -128,6 +144,7 @@ class Reusing:
             for name in record.sites
         }
         self._generations: OrderedDict[Any, _Generation] = OrderedDict()
+        self._like: dict[tuple[Any, ...], dict[str, _Like]] = {}  # by shapes of a call, and site
         self._strangers = 0
         # The mode and the residuals hang on the model while it runs.
         self._running = threading.Lock()
@@ -143,7 +160,7 @@ class Reusing:
         generation = self._generation(arguments, level)
         if due == 0:
             self._live.mode = "dense"
-        elif due > generation.refreshed or not generation.residuals:
+        elif due > generation.refreshed:
             self._live.mode = "refresh"
         else:
             self._live.mode = "reuse"
@@ -156,13 +173,14 @@ class Reusing:
             for mark in self._marks.values():
                 mark.residual = None
             if not finished:
-                generation.residuals.clear()  # a refresh may have written some of them
-        if due:
-            generation.refreshed = due
+                generation.refreshed = 0  # a refresh may have written some residuals
+        generation.refreshed = due
         return output
 
     def _run(self, generation: _Generation, args: Any, kwargs: Any) -> Any:
         """Run the model; where it says what its residuals look like, make them and run again."""
+        if not generation.residuals and generation.shapes in self._like:
+            self._make_residuals(generation)
         for _ in range(len(self._marks) + 1):
             for name, mark in self._marks.items():
                 mark.residual = generation.residuals.get(name, _NONE)
@@ -172,20 +190,26 @@ class Reusing:
                 missing = error.inner_exception
                 if not isinstance(missing, ResidualMissing):
                     raise
-                self._make_residuals(generation, missing.like)
+                self._learn(generation.shapes, missing.like)
+                self._make_residuals(generation)
         raise AssertionError("every site has named its residual once")
 
-    def _make_residuals(self, generation: _Generation, like: Mapping[str, Tensor]) -> None:
+    def _learn(self, shapes: tuple[Any, ...], like: Mapping[str, Tensor]) -> None:
         # Layers that share a compiled graph are known by the first one's name: all get its shape.
-        shape_of = {**dict.fromkeys(self._marks, next(iter(like.values()))), **like}
-        for name in self._marks:
-            if name in like or name not in generation.residuals:
-                made = shape_of[name]
-                generation.residuals[name] = torch.zeros(
-                    made.shape, dtype=made.dtype, device=made.device
-                )
-        size = sum(x.numel() * x.element_size() for x in generation.residuals.values())
-        logger.info("residuals of %d sites take %.1f MiB", len(self._marks), size / 2**20)
+        found = {
+            name: _Like(tuple(int(size) for size in x.shape), x.dtype, x.device)
+            for name, x in like.items()
+        }
+        first = next(iter(found.values()))
+        self._like.setdefault(shapes, dict.fromkeys(self._marks, first)).update(found)
+
+    def _make_residuals(self, generation: _Generation) -> None:
+        residuals = generation.residuals
+        for name, like in self._like[generation.shapes].items():
+            if name not in residuals or residuals[name].shape != like.shape:
+                residuals[name] = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+        size = sum(x.numel() * x.element_size() for x in residuals.values())
+        logger.info("residuals of %d sites take %.1f MiB", len(residuals), size / 2**20)
 
     def _level(self, arguments: Mapping[str, Any]) -> float:
         name = self._record.timestep
@@ -209,32 +233,33 @@ class Reusing:
             for name, value in arguments.items()
             if isinstance(value, Tensor) and name not in (self._video, self._record.timestep)
         }
-        video = arguments.get(self._video)
-        shape = tuple(video.shape) if isinstance(video, Tensor) else None
-        key = (
-            threading.get_ident(),
-            shape,
-            *((name, x.data_ptr(), tuple(x.shape), x.dtype) for name, x in conditioning.items()),
+        tensors = {**conditioning, self._video: arguments.get(self._video)}
+        shapes = tuple(
+            (name, tuple(x.shape), x.dtype, x.device)
+            for name, x in tensors.items()
+            if isinstance(x, Tensor)
         )
+        places = tuple(x.data_ptr() for x in conditioning.values())
+        key = (threading.get_ident(), shapes, places)
         known = self._generations.get(key)
-        continues = (
-            known is not None
-            and level < known.level
-            and not any(storage.expired() for storage in known.storages)
-        )
-        if known is not None and continues:
+        if known is not None and level < known.level and not known.is_over:
             known.level = level
             self._strangers = 0
         else:
             self._tell_strangers(known is None)
             storages = tuple(StorageWeakRef(x.untyped_storage()) for x in conditioning.values())
-            residuals = {} if known is None else known.residuals
-            known = _Generation(level, storages, 0, residuals)
+            known = _Generation(level, storages, shapes, 0, self._spare_residuals(key, shapes))
             self._generations[key] = known
         self._generations.move_to_end(key)
         while len(self._generations) > MAX_GENERATIONS:
             self._generations.popitem(last=False)
         return known
+
+    def _spare_residuals(self, key: Any, shapes: tuple[Any, ...]) -> dict[str, Tensor]:
+        """The buffers of a generation that is over; other generations that are over are dropped."""
+        over = [k for k, known in self._generations.items() if k == key or known.is_over]
+        dropped = [self._generations.pop(k) for k in over]
+        return next((known.residuals for known in dropped if known.shapes == shapes), {})
 
     def _tell_strangers(self, is_new: bool) -> None:
         self._strangers += is_new

@@ -1,19 +1,38 @@
-"""The README's numbers are those of the committed report."""
+"""The numbers in README and docs are those of the committed reports."""
 
 import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_demo_block_is_what_the_report_says():
-    spec = importlib.util.spec_from_file_location("quote_demo", ROOT / "benchmarks/quote_demo.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    quote_demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(quote_demo)
-    readme = (ROOT / "README.md").read_text()
-    report = json.loads((ROOT / "docs/demo/report.json").read_text())
-    assert quote_demo.BLOCK.search(readme) is not None
-    assert quote_demo.quote(readme, report) == readme
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "page", "report"),
+    [
+        ("quote_demo", "README.md", "docs/demo/report.json"),
+        (
+            "quote_reuse",
+            "docs/residual_reuse.md",
+            "benchmarks/results/cpu/residual_reuse_20_steps.json",
+        ),
+    ],
+    ids=["demo", "residual reuse"],
+)
+def test_the_block_is_what_the_report_says(name: str, page: str, report: str) -> None:
+    quoting = script(name)
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert quoting.BLOCK.search(text) is not None
+    assert quoting.quote(text, json.loads((ROOT / report).read_text(encoding="utf-8"))) == text

@@ -161,6 +161,19 @@ def test_layers_that_share_graphs_keep_their_own_residuals() -> None:
     assert error(sample(model, inputs), right) < CLOSE
 
 
+def test_the_next_video_compiles_nothing_and_takes_no_more_memory() -> None:
+    model = timed_toy()
+    apply_plan(model, reusing_plan(model), inner="eager")
+    reusing: Any = model._compiled_call_impl
+    sample(model, conditioning(1))
+    graphs, made = report(model).graphs, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for seed in range(2, 6):
+        sample(model, conditioning(seed))
+        assert len(reusing._generations) == 1
+    assert report(model).graphs == graphs
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made
+
+
 def test_guidance_branches_interleave() -> None:
     model, rules = timed_toy(), toy_rules(2)
     branches = [conditioning(1), conditioning(2)]
