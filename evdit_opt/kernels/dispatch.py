@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from evdit_opt.errors import MaskError
-from evdit_opt.kernels import decomposed, reference
+from evdit_opt.kernels import decomposed, decomposed_backward, reference
 from evdit_opt.kernels.geometry import Geometry
 
-__all__ = ["IMPLEMENTATIONS", "forward", "resolve"]
+__all__ = ["IMPLEMENTATIONS", "backward", "forward", "resolve"]
 
 IMPLEMENTATIONS = ("auto", "reference", "decomposed", "triton")
 
@@ -49,3 +49,33 @@ def forward(
 
         return triton_forward.forward(*arguments)
     return decomposed.forward(*arguments)
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None,
+    intervals: tuple[int, ...],
+    log_weights: tuple[float, ...],
+    geometry: Geometry,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v: "triton" by its own kernels, every other one by the decomposition.
+
+    Raises:
+        MaskError: if there is no such implementation.
+        UnsupportedInputError: if it cannot run on these tensors.
+    """
+    arguments = (
+        grad_out, q, k, v, out, lse, attn_mask, intervals, log_weights, geometry, scale
+    )  # fmt: skip
+    if resolve(impl) == "triton":
+        from evdit_opt.kernels import triton_backward
+
+        return triton_backward.backward(*arguments)
+    return decomposed_backward.backward(*arguments)

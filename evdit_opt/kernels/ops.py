@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evdit_opt.kernels import decomposed_backward, dispatch
+from evdit_opt.kernels import dispatch
 from evdit_opt.kernels.checks import check_inputs
 from evdit_opt.kernels.dense import lse_dtype
 from evdit_opt.kernels.geometry import Geometry
@@ -89,8 +89,8 @@ def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "evdit::tile_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {MASK})"
-    " -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {MASK},"
+    " str impl='auto') -> (Tensor, Tensor, Tensor)",
 )
 def tile_attention_backward_op(
     grad_out: Tensor,
@@ -107,9 +107,13 @@ def tile_attention_backward_op(
     prefix: int,
     suffix: int,
     scale: float | None,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, in the strides of ``torch.empty_like`` of each."""
-    return decomposed_backward.backward(
+    """Gradients of q, k and v, in the strides of ``torch.empty_like`` of each.
+
+    Args and errors as of the forward operator, whose ``impl`` also decides here.
+    """
+    return dispatch.backward(
         grad_out,
         q,
         k,
@@ -121,6 +125,7 @@ def tile_attention_backward_op(
         tuple(log_weights),
         _geometry(frames, tokens_per_frame, prefix, suffix),
         _scale(scale, q),
+        impl,
     )
 
 
@@ -136,7 +141,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, attn_mask)
     ctx.mark_non_differentiable(lse)
-    ctx.arguments = rest[:-1]  # without impl
+    ctx.arguments = rest
 
 
 def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:

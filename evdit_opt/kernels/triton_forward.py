@@ -5,7 +5,7 @@ tile. Only the last block of a range is masked, so there is no arithmetic per el
 what is kept. head_dim 96 is computed as 64 + 32, not padded to 128. Method: arXiv 2502.06155.
 """
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -13,49 +13,22 @@ import triton.language as tl
 from torch import Tensor
 
 from evdit_opt.errors import UnsupportedInputError
-from evdit_opt.kernels.dense import key_bias
 from evdit_opt.kernels.geometry import Geometry
+from evdit_opt.kernels.triton_configs import LaunchConfig
+from evdit_opt.kernels.triton_launch import (
+    addressable,
+    bias_arguments,
+    check_supported,
+    config_for,
+    load_part,
+    locate,
+    split_head_dim,
+    store_part,
+    writable,
+)
 from evdit_opt.kernels.triton_tables import make_tables
 
-__all__ = ["LaunchConfig", "default_config", "forward", "split_head_dim"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LaunchConfig:
-    """Block sizes and launch options of the kernel."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def default_config(capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> LaunchConfig:
-    """The configuration for a compute capability, checked by compiling: it fits and hardly spills.
-
-    Compiled, never timed: nothing here was chosen by speed on a GPU.
-    """
-    if dtype == torch.float32:
-        block = 32 if head_dim <= 64 else 16
-        return LaunchConfig(block_m=64, block_n=block, num_warps=8, num_stages=1)
-    if head_dim > 128:
-        return LaunchConfig(block_m=64, block_n=32, num_warps=8, num_stages=2)
-    stages = 3 if head_dim > 64 and capability in ((9, 0), (10, 0), (10, 3)) else 2
-    return LaunchConfig(block_m=128, block_n=64, num_warps=8, num_stages=stages)
-
-
-# The interpreter's time goes with the number of tiles, not with their size.
-INTERPRETER_CONFIG = LaunchConfig(block_m=64, block_n=64, num_warps=4, num_stages=1)
-
-
-def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """head_dim as a power of two plus a smaller one (or 0), each at least 16: the least padding."""
-    first = max(16, 1 << (head_dim.bit_length() - 1))
-    rest = head_dim - first
-    if rest <= 0:
-        return first, 0
-    second = max(16, triton.next_power_of_2(rest))
-    return (first, second) if second < first else (2 * first, 0)
+__all__ = ["forward"]
 
 
 def forward(
@@ -72,33 +45,39 @@ def forward(
     """Tile attention by the fused kernel.
 
     Args and returns as in :func:`evdit_opt.kernels.decomposed.forward`, but float32, float16 and
-    bfloat16 only (bfloat16 not in Triton's interpreter, whose dot is wrong for it).
+    bfloat16 only.
+
+    Args:
+        config: other block sizes than the default of the device.
 
     Raises:
-        UnsupportedInputError: if the tensors are not on a CUDA device (CPU tensors only where
-            Triton was imported with its interpreter on), or of another dtype.
+        UnsupportedInputError: see :func:`evdit_opt.kernels.triton_launch.check_supported`.
     """
-    config = config or _config_for(q)
+    check_supported(q)
+    config = config or config_for("forward", q)
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    bias = key_bias(attn_mask, q)
-    bias_strides = [0, 0]
-    if bias is not None:
-        bias = bias.contiguous()
-        bias_strides = [bias.stride(n) if bias.shape[n] > 1 else 0 for n in (0, 1)]
+    target = writable(out)
+    if scale <= 0.0:
+        # The kernel takes the maximum before it scales, which needs a positive scale.
+        q, scale = q * (-1.0 if scale else 0.0), -scale or 1.0
+    q, k, v = (addressable(x) for x in (q, k, v))
+    bias, *bias_strides = bias_arguments(attn_mask, q)
     batch, heads, seq, head_dim = q.shape
     tables = make_tables(intervals, log_weights, geometry, config.block_m, q.device)
-    target = out if out.stride(-1) == 1 else torch.empty_like(q)
     first, second = split_head_dim(head_dim)
-    arguments = (
-        q, k, v, target, lse, bias, tables.tiles, tables.ranges, tables.weights,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *target.stride()[:3], *bias_strides,
-        heads, seq, heads // k.shape[1], scale,
-    )  # fmt: skip
+    descriptors: tuple[Any, ...] = (None,) * 4
+    if config.use_tma:
+        k, v = _aligned(k), _aligned(v)
+        descriptors = tuple(
+            block for x in (k, v) for block in _descriptors(x, (first, second), config.block_n)
+        )
     with torch.cuda.device(q.device if q.device.type == "cuda" else -1):
-        tile_attention_kernel[(tables.tiles.shape[0], heads, batch)](
-            *arguments,
+        forward_kernel[(tables.tiles.shape[0] * heads * batch,)](
+            q, k, v, target, lse, bias, tables.tiles, tables.ranges, tables.weights,
+            *descriptors,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *target.stride()[:3], *bias_strides,
+            batch, heads, seq, heads // k.shape[1], scale,
             HEAD_DIM=head_dim,
             PART_0=first,
             PART_1=second,
@@ -106,130 +85,143 @@ def forward(
             BLOCK_N=config.block_n,
             HAS_BIAS=bias is not None,
             HAS_WEIGHTS=tables.is_weighted,
+            USE_TMA=config.use_tma,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             enable_fp_fusion=True,
-        )
+        )  # fmt: skip
     if target is not out:
         out.copy_(target)
     return out, lse
 
 
-def _config_for(q: Tensor) -> LaunchConfig:
-    interpreted = not isinstance(tile_attention_kernel, triton.JITFunction)
-    supported = (torch.float32, torch.float16) + (() if interpreted else (torch.bfloat16,))
-    if q.device.type != "cuda" and not (interpreted and q.device.type == "cpu"):
+def _descriptors(x: Tensor, parts: tuple[int, int], block_n: int) -> tuple[Any, ...]:
+    """Descriptors of both parts of head_dim of ``x`` ``[batch, heads, seq, head_dim]``."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return tuple(
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block_n, part])
+        if part
+        else None
+        for part in parts
+    )
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x`` with the alignment that a descriptor needs, copied if it must be.
+
+    Raises:
+        UnsupportedInputError: if rows of head_dim numbers can never be aligned.
+    """
+    size = x.element_size()
+    if x.shape[-1] * size % 16:
         raise UnsupportedInputError(
-            f"expected tensors on a CUDA device for impl='triton', got {q.device}; "
-            "use impl='auto' or 'decomposed' there"
+            f"expected rows of a multiple of 16 bytes for use_tma=True, got head_dim {x.shape[-1]} "
+            f"of {x.dtype}; use a configuration without it"
         )
-    if q.dtype not in supported:
-        raise UnsupportedInputError(
-            f"expected one of {', '.join(map(str, supported))} for impl='triton', got {q.dtype}; "
-            "cast q, k, v or use impl='decomposed'"
-        )
-    if interpreted:
-        return INTERPRETER_CONFIG
-    return default_config(torch.cuda.get_device_capability(q.device), q.shape[-1], q.dtype)
+    if x.data_ptr() % 16 == 0 and all(n > 0 and n * size % 16 == 0 for n in x.stride()[:3]):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 @triton.jit
-def _load_part(base, stride, rows, columns, row_limit, HEAD_DIM, MASK_ROWS, MASK_COLUMNS):
-    """Rows of a [rows, HEAD_DIM] matrix, zero outside of it. # [ROWS, COLUMNS]"""
-    pointers = base + rows[:, None] * stride + columns[None, :]
-    if MASK_ROWS and MASK_COLUMNS:
-        inside = (rows[:, None] < row_limit) & (columns[None, :] < HEAD_DIM)
-        return tl.load(pointers, mask=inside, other=0.0)
-    if MASK_ROWS:
-        return tl.load(pointers, mask=rows[:, None] < row_limit, other=0.0)
-    if MASK_COLUMNS:
-        return tl.load(pointers, mask=columns[None, :] < HEAD_DIM, other=0.0)
-    return tl.load(pointers)
+def _load_block(
+    descriptor, base, stride, batch, head, start, count, offsets, first_column,
+    HEAD_DIM: tl.constexpr, PART: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr,
+    USE_TMA: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """PART columns of keys or values start .. start + count. # [BLOCK_N, PART]"""
+    if USE_TMA and not MASKED:
+        block = descriptor.load([batch.to(tl.int32), head.to(tl.int32), start, first_column])
+        return block.reshape(BLOCK_N, PART)
+    else:
+        columns = first_column + tl.arange(0, PART)
+        base += start.to(tl.int64) * stride
+        return load_part(base, stride, offsets, columns, count, HEAD_DIM, MASKED, PADDED)
 
 
 @triton.jit
 def _attend_block(
-    acc_0, acc_1, row_max, row_sum, q_0, q_1, k_base, v_base, bias_base, stride_ks, stride_vs,
-    start, count, weight, scale_log2,
+    acc_0, acc_1, row_max, row_sum, q_0, q_1, k_base, v_base, k_tma_0, k_tma_1, v_tma_0, v_tma_1,
+    bias_base, stride_ks, stride_vs, batch, key_head, start, count, weight, scale_log2,
     HEAD_DIM: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, MASKED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, USE_TMA: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over keys start .. start + count (BLOCK_N unless MASKED)."""
     offsets = tl.arange(0, BLOCK_N)
-    columns_0 = tl.arange(0, PART_0)
-    mask_0: tl.constexpr = PART_0 > HEAD_DIM
-    mask_1: tl.constexpr = PART_0 + PART_1 > HEAD_DIM
-    k_start = k_base + start.to(tl.int64) * stride_ks
-    v_start = v_base + start.to(tl.int64) * stride_vs
-    k_0 = _load_part(k_start, stride_ks, offsets, columns_0, count, HEAD_DIM, MASKED, mask_0)
+    padded_0: tl.constexpr = PART_0 > HEAD_DIM
+    padded_1: tl.constexpr = PART_0 + PART_1 > HEAD_DIM
+    k_0 = _load_block(
+        k_tma_0, k_base, stride_ks, batch, key_head, start, count, offsets, 0,
+        HEAD_DIM, PART_0, padded_0, BLOCK_N, USE_TMA, MASKED,
+    )  # fmt: skip
     logits = tl.dot(q_0, tl.trans(k_0), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     if PART_1 > 0:
-        columns_1 = PART_0 + tl.arange(0, PART_1)
-        k_1 = _load_part(k_start, stride_ks, offsets, columns_1, count, HEAD_DIM, MASKED, mask_1)
+        k_1 = _load_block(
+            k_tma_1, k_base, stride_ks, batch, key_head, start, count, offsets, PART_0,
+            HEAD_DIM, PART_1, padded_1, BLOCK_N, USE_TMA, MASKED,
+        )  # fmt: skip
         logits = tl.dot(q_1, tl.trans(k_1), logits, input_precision="ieee")
-    logits = logits * scale_log2
-    if HAS_WEIGHTS:
-        logits += weight
+    if MASKED:
+        logits = tl.where(offsets[None, :] < count, logits, float("-inf"))
+
+    # In base 2, and scaled by the multiply-add that subtracts the maximum.
     if HAS_BIAS:
         if MASKED:
             bias = tl.load(bias_base + start + offsets, mask=offsets < count, other=0.0)
         else:
             bias = tl.load(bias_base + start + offsets)
-        logits += bias[None, :] * 1.4426950408889634
-    if MASKED:
-        logits = tl.where(offsets[None, :] < count, logits, float("-inf"))
-
-    new_max = tl.maximum(row_max, tl.max(logits, 1))
-    if HAS_BIAS:
+        logits = logits * scale_log2 + (bias * 1.4426950408889634 + weight)[None, :]
+        new_max = tl.maximum(row_max, tl.max(logits, 1))
         # No key seen yet: avoid -inf - -inf.
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = tl.exp2(logits - shift[:, None])
     else:
+        new_max = tl.maximum(row_max, tl.max(logits, 1) * scale_log2 + weight)
         shift = new_max
-    weights = tl.exp2(logits - shift[:, None])
+        weights = tl.exp2(logits * scale_log2 - (shift - weight)[:, None])
     rescale = tl.exp2(row_max - shift)
     row_sum = row_sum * rescale + tl.sum(weights, 1)
-    v_0 = _load_part(v_start, stride_vs, offsets, columns_0, count, HEAD_DIM, MASKED, mask_0)
+    v_0 = _load_block(
+        v_tma_0, v_base, stride_vs, batch, key_head, start, count, offsets, 0,
+        HEAD_DIM, PART_0, padded_0, BLOCK_N, USE_TMA, MASKED,
+    )  # fmt: skip
     weights = weights.to(v_0.dtype)
     acc_0 = tl.dot(weights, v_0, acc_0 * rescale[:, None], input_precision="ieee")
     if PART_1 > 0:
-        columns_1 = PART_0 + tl.arange(0, PART_1)
-        v_1 = _load_part(v_start, stride_vs, offsets, columns_1, count, HEAD_DIM, MASKED, mask_1)
+        v_1 = _load_block(
+            v_tma_1, v_base, stride_vs, batch, key_head, start, count, offsets, PART_0,
+            HEAD_DIM, PART_1, padded_1, BLOCK_N, USE_TMA, MASKED,
+        )  # fmt: skip
         acc_1 = tl.dot(weights, v_1, acc_1 * rescale[:, None], input_precision="ieee")
     return acc_0, acc_1, new_max, row_sum
 
 
 @triton.jit
-def tile_attention_kernel(
+def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, bias_ptr, tiles_ptr, ranges_ptr, weights_ptr,
+    k_tma_0, k_tma_1, v_tma_0, v_tma_1,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os,
-    stride_bias_b, stride_bias_h, heads, seq, heads_per_key_head, scale,
+    stride_bias_b, stride_bias_h, batches, heads, seq, heads_per_key_head, scale,
     HEAD_DIM: tl.constexpr, PART_0: tl.constexpr, PART_1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, USE_TMA: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, heads, batch). Rows of tiles_ptr: query start, stop, first and last range."""
-    tile = tiles_ptr + 4 * tl.program_id(0)
-    query_start = tl.load(tile)
-    query_stop = tl.load(tile + 1)
-    first_range = tl.load(tile + 2)
-    last_range = tl.load(tile + 3)
-    # 64 bits: batch, head and token offsets of a long video pass 2**31 elements.
-    head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
+    """Grid (tiles * heads * batch,)."""
+    batch, head, query_start, row_limit, first_range, last_range = locate(tiles_ptr, batches, heads)
     key_head = head // heads_per_key_head
 
     rows = tl.arange(0, BLOCK_M)
-    row_limit = query_stop - query_start
     columns_0 = tl.arange(0, PART_0)
     mask_0: tl.constexpr = PART_0 > HEAD_DIM
     mask_1: tl.constexpr = PART_0 + PART_1 > HEAD_DIM
     q_base = q_ptr + batch * stride_qb + head * stride_qh + query_start.to(tl.int64) * stride_qs
-    q_0 = _load_part(q_base, stride_qs, rows, columns_0, row_limit, HEAD_DIM, True, mask_0)
+    q_0 = load_part(q_base, stride_qs, rows, columns_0, row_limit, HEAD_DIM, True, mask_0)
     acc_0 = tl.zeros([BLOCK_M, PART_0], dtype=tl.float32)
     if PART_1 > 0:
         columns_1 = PART_0 + tl.arange(0, PART_1)
-        q_1 = _load_part(q_base, stride_qs, rows, columns_1, row_limit, HEAD_DIM, True, mask_1)
+        q_1 = load_part(q_base, stride_qs, rows, columns_1, row_limit, HEAD_DIM, True, mask_1)
         acc_1 = tl.zeros([BLOCK_M, PART_1], dtype=tl.float32)
     else:
         q_1 = q_0
@@ -253,16 +245,18 @@ def tile_attention_kernel(
         for block in range(0, blocks):
             key = start + block * BLOCK_N
             acc_0, acc_1, row_max, row_sum = _attend_block(
-                acc_0, acc_1, row_max, row_sum, q_0, q_1, k_base, v_base, bias_base,
-                stride_ks, stride_vs, key, BLOCK_N, weight, scale_log2,
-                HEAD_DIM, PART_0, PART_1, BLOCK_N, HAS_BIAS, HAS_WEIGHTS, False,
+                acc_0, acc_1, row_max, row_sum, q_0, q_1, k_base, v_base,
+                k_tma_0, k_tma_1, v_tma_0, v_tma_1, bias_base, stride_ks, stride_vs,
+                batch, key_head, key, BLOCK_N, weight, scale_log2,
+                HEAD_DIM, PART_0, PART_1, BLOCK_N, HAS_BIAS, USE_TMA, False,
             )  # fmt: skip
         whole = start + blocks * BLOCK_N
         if whole < stop:
             acc_0, acc_1, row_max, row_sum = _attend_block(
-                acc_0, acc_1, row_max, row_sum, q_0, q_1, k_base, v_base, bias_base,
-                stride_ks, stride_vs, whole, stop - whole, weight, scale_log2,
-                HEAD_DIM, PART_0, PART_1, BLOCK_N, HAS_BIAS, HAS_WEIGHTS, True,
+                acc_0, acc_1, row_max, row_sum, q_0, q_1, k_base, v_base,
+                k_tma_0, k_tma_1, v_tma_0, v_tma_1, bias_base, stride_ks, stride_vs,
+                batch, key_head, whole, stop - whole, weight, scale_log2,
+                HEAD_DIM, PART_0, PART_1, BLOCK_N, HAS_BIAS, USE_TMA, True,
             )  # fmt: skip
 
     lse = (row_max + tl.log2(row_sum)) * 0.6931471805599453
@@ -270,16 +264,11 @@ def tile_attention_kernel(
         empty = row_sum == 0.0
         lse = tl.where(empty, float("-inf"), lse)
         row_sum = tl.where(empty, 1.0, row_sum)
-    inside = rows < row_limit
     lse_base = lse_ptr + (batch * heads + head) * seq + query_start
-    tl.store(lse_base + rows, lse, mask=inside)
+    tl.store(lse_base + rows, lse, mask=rows < row_limit)
     out_base = out_ptr + batch * stride_ob + head * stride_oh + query_start.to(tl.int64) * stride_os
-    out_rows = out_base + rows[:, None] * stride_os
-    out_0 = (acc_0 / row_sum[:, None]).to(out_ptr.dtype.element_ty)
-    keep_0 = inside[:, None] & (columns_0[None, :] < HEAD_DIM)
-    tl.store(out_rows + columns_0[None, :], out_0, mask=keep_0)
+    inverse = (1.0 / row_sum)[:, None]
+    store_part(out_base, stride_os, rows, columns_0, row_limit, acc_0 * inverse, HEAD_DIM)
     if PART_1 > 0:
         columns_1 = PART_0 + tl.arange(0, PART_1)
-        out_1 = (acc_1 / row_sum[:, None]).to(out_ptr.dtype.element_ty)
-        keep_1 = inside[:, None] & (columns_1[None, :] < HEAD_DIM)
-        tl.store(out_rows + columns_1[None, :], out_1, mask=keep_1)
+        store_part(out_base, stride_os, rows, columns_1, row_limit, acc_1 * inverse, HEAD_DIM)

@@ -1,8 +1,13 @@
-"""A tile mask as small integer tables for the fused kernel: query tiles and their key ranges."""
+"""A tile mask as small integer tables for the fused kernels: tiles of tokens and what they meet.
+
+The forward kernel and the gradient of q own tiles of queries and walk ranges of keys; the gradient
+of k and v owns tiles of keys and walks ranges of queries: the same tables of the transposed mask.
+"""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import groupby
 
 import torch
@@ -11,7 +16,9 @@ from torch import Tensor
 from evdit_opt.kernels.geometry import Geometry
 from evdit_opt.masks import DROPPED, TileMask
 
-__all__ = ["Tables", "make_tables"]
+__all__ = ["TILE_COLUMNS", "Tables", "make_tables"]
+
+TILE_COLUMNS = 6
 
 Ranges = tuple[tuple[int, int, float], ...]
 
@@ -21,10 +28,11 @@ class Tables:
     """What one launch reads, on the device of the tensors.
 
     Attributes:
-        tiles: int32 ``[tiles, 4]``: first and past-the-end query token of a tile, and the first and
-            past-the-end row of ``ranges`` its keys are in. All queries of a tile see the same keys.
-            The most expensive tiles come first.
-        ranges: int32 ``[ranges, 2]``: first and past-the-end key token.
+        tiles: int32 ``[tiles, 6]``: first and past-the-end token of a tile; the first and
+            past-the-end row of ``ranges`` it meets; the first tile and the number of tiles of its
+            class. A class is all tiles that meet equally many tokens; the most expensive class
+            comes first. No tile crosses from tokens that meet one set to tokens that meet another.
+        ranges: int32 ``[ranges, 2]``: first and past-the-end token on the other side.
         weights: float32 ``[ranges]``: log-weight of a range.
         is_weighted: True if any weight is not 0.
     """
@@ -35,13 +43,15 @@ class Tables:
     is_weighted: bool
 
 
-@lru_cache(maxsize=64)
+# Never evicted: a captured CUDA graph keeps the addresses. One entry is a few kilobytes.
+@cache
 def make_tables(
     intervals: tuple[int, ...],
     log_weights: tuple[float, ...],
     geometry: Geometry,
-    block_m: int,
+    block: int,
     device: torch.device,
+    transposed: bool = False,
 ) -> Tables:
     """Build (once per mask, layout, block size and device) the tables of a mask.
 
@@ -49,47 +59,61 @@ def make_tables(
         intervals: ``TileMask.segments()[0]``.
         log_weights: ``TileMask.segments()[1]``.
         geometry: frames and text of the sequence.
-        block_m: most queries of a tile.
+        block: most tokens of a tile.
         device: where the tables go.
+        transposed: tiles of keys and ranges of queries, instead of tiles of queries and ranges of
+            keys. A key that no query sees has no range.
     """
-    mask = TileMask.from_segments(geometry.frames, intervals, log_weights)
-    rows: dict[Ranges, int] = {}
+    rows = TileMask.from_segments(geometry.frames, intervals, log_weights).rows
+    if transposed:
+        rows = tuple(zip(*rows, strict=True))
+    positions: dict[Ranges, int] = {}
     ranges: list[tuple[int, int, float]] = []
     tiles: list[tuple[int, int, int, int]] = []
-    for keys, start, stop in _query_groups(mask, geometry):
-        if keys not in rows:
-            rows[keys] = len(ranges)
-            ranges += keys
-        first = rows[keys]
+    for met, start, stop in _groups(rows, geometry):
+        if met not in positions:
+            positions[met] = len(ranges)
+            ranges += met
+        first = positions[met]
         tiles += [
-            (query, min(query + block_m, stop), first, first + len(keys))
-            for query in range(start, stop, block_m)
+            (token, min(token + block, stop), first, first + len(met))
+            for token in range(start, stop, block)
         ]
-    cost = {first: sum(stop - start for start, stop, _ in keys) for keys, first in rows.items()}
-    tiles.sort(key=lambda tile: -cost[tile[2]])
+    table: list[tuple[int, ...]] = []
+    cost = {first: sum(stop - start for start, stop, _ in met) for met, first in positions.items()}
+    for _, members in groupby(
+        sorted(tiles, key=lambda tile: -cost[tile[2]]), key=lambda tile: cost[tile[2]]
+    ):
+        same = list(members)
+        table += [(*tile, len(table), len(same)) for tile in same]
+    weights = [weight for *_, weight in ranges]
     return Tables(
-        tiles=torch.tensor(tiles, dtype=torch.int32, device=device),
-        ranges=torch.tensor([key[:2] for key in ranges], dtype=torch.int32, device=device),
-        weights=torch.tensor([key[2] for key in ranges], dtype=torch.float32, device=device),
-        is_weighted=any(key[2] for key in ranges),
+        tiles=_on_device(torch.tensor(table, dtype=torch.int32), device),
+        ranges=_on_device(
+            torch.tensor([r[:2] for r in ranges], dtype=torch.int32).view(-1, 2), device
+        ),
+        weights=_on_device(torch.tensor(weights, dtype=torch.float32), device),
+        is_weighted=any(weights),
     )
 
 
-def _query_groups(mask: TileMask, geometry: Geometry) -> Iterator[tuple[Ranges, int, int]]:
-    """Neighbouring queries that see the same keys: ``(key ranges, first query, past the end)``."""
+def _groups(
+    rows: tuple[tuple[float, ...], ...], geometry: Geometry
+) -> Iterator[tuple[Ranges, int, int]]:
+    """Neighbouring tokens that meet the same ranges: ``(ranges, first token, past the end)``."""
     everything: Ranges = ((0, geometry.seq_len, 0.0),)
     groups = [(everything, 0, geometry.prefix)]
-    for i, row in enumerate(mask.rows):
-        groups.append((_key_ranges(row, geometry), geometry.token(i), geometry.token(i + 1)))
+    for i, row in enumerate(rows):
+        groups.append((_met(row, geometry), geometry.token(i), geometry.token(i + 1)))
     groups.append((everything, geometry.token(geometry.frames), geometry.seq_len))
     nonempty = [group for group in groups if group[1] < group[2]]
-    for keys, members in groupby(nonempty, key=lambda group: group[0]):
+    for met, members in groupby(nonempty, key=lambda group: group[0]):
         same = list(members)
-        yield keys, same[0][1], same[-1][2]
+        yield met, same[0][1], same[-1][2]
 
 
-def _key_ranges(row: tuple[float, ...], geometry: Geometry) -> Ranges:
-    """The kept keys of a video query, text included, touching ranges of one weight joined."""
+def _met(row: tuple[float, ...], geometry: Geometry) -> Ranges:
+    """What a frame meets, text included, touching ranges of one weight joined."""
     pieces = [(0, geometry.prefix, 0.0)]
     for j, weight in enumerate(row):
         if weight != DROPPED:
@@ -104,3 +128,15 @@ def _key_ranges(row: tuple[float, ...], geometry: Geometry) -> Ranges:
         else:
             joined.append((start, stop, weight))
     return tuple(joined)
+
+
+def _on_device(x: Tensor, device: torch.device) -> Tensor:
+    """A copy of a CPU tensor on ``device``, in memory of the device's ordinary pool.
+
+    torch.compile's CUDA graphs warm up with all allocations of the calling thread in the pool of
+    the graph, and reject what outlives the call there. So another thread allocates.
+    """
+    if device.type != "cuda":
+        return x.to(device)
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(x.to, device).result()

@@ -1,14 +1,15 @@
-"""Compile the fused kernel for NVIDIA chips without one; prints a JSON line per build.
+"""Compile the fused kernels for NVIDIA chips without one; prints a JSON line per build.
 
 Run by test_triton_compile.py in a process of its own: where Triton was imported with its
 interpreter on, as tests/conftest.py does, nothing can be compiled.
 """
 
+import contextlib
+import dataclasses
+import io
 import json
 import re
-import subprocess
 import sys
-import tempfile
 
 import torch
 import triton
@@ -16,64 +17,107 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from evdit_opt.kernels import triton_forward
+from evdit_opt.kernels.triton_backward import grad_kv_kernel, grad_q_kernel
+from evdit_opt.kernels.triton_configs import LaunchConfig, default_config
+from evdit_opt.kernels.triton_forward import forward_kernel
+from evdit_opt.kernels.triton_launch import split_head_dim
 
-KERNEL = triton_forward.tile_attention_kernel
-DATA = ("q_ptr", "k_ptr", "v_ptr", "out_ptr")
-TYPES = {"lse_ptr": "*fp32", "bias_ptr": "*fp32", "weights_ptr": "*fp32", "tiles_ptr": "*i32",
-         "ranges_ptr": "*i32", "scale": "fp32"}  # fmt: skip
+KERNELS = {"forward": forward_kernel, "grad_q": grad_q_kernel, "grad_kv": grad_kv_kernel}
+TYPES = {
+    "lse_ptr": "*fp32", "delta_ptr": "*fp32", "bias_ptr": "*fp32", "weights_ptr": "*fp32",
+    "tiles_ptr": "*i32", "ranges_ptr": "*i32", "scale": "fp32",
+}  # fmt: skip
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
 
-def build(capability: int, head_dim: int, masked: bool) -> dict[str, object]:
-    """Compile the default bfloat16 configuration; ``masked``: with padding mask and weights."""
-    config = triton_forward.default_config(divmod(capability, 10), head_dim, torch.bfloat16)
-    first, second = triton_forward.split_head_dim(head_dim)
+def build(
+    kernel: str,
+    capability: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    masked: bool = False,
+    strides: str = "i32",
+    use_tma: bool = False,
+    config: LaunchConfig | None = None,
+    **options: int,
+) -> dict[str, object]:
+    """Compile one kernel.
+
+    Args:
+        kernel: "forward", "grad_q" or "grad_kv".
+        capability: 90 for sm_90.
+        head_dim: of q, k and v.
+        dtype: of q, k and v.
+        masked: with a padding mask and weights.
+        strides: integer type of the strides; the launcher takes "i64" from 2**31.
+        use_tma: the default configuration, but with TMA.
+        config: None is the committed default.
+        options: compiler options on top of the configuration's.
+    """
+    default = default_config(kernel, divmod(capability, 10), head_dim, dtype)
+    config = config or dataclasses.replace(default, use_tma=use_tma)
+    function = KERNELS[kernel]
+    types = dict(TYPES)
+    first, second = split_head_dim(head_dim)
     constants = {
         "HEAD_DIM": head_dim, "PART_0": first, "PART_1": second, "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n, "HAS_BIAS": masked, "HAS_WEIGHTS": masked,
     }  # fmt: skip
     if not masked:
         constants["bias_ptr"] = None
-    names = KERNEL.arg_names
-    types = {name: "*bf16" if name in DATA else TYPES.get(name, "i32") for name in names}
+    if kernel == "forward":
+        constants["USE_TMA"] = config.use_tma
+        for name in ("k_tma_0", "k_tma_1", "v_tma_0", "v_tma_1"):
+            part = (first, second)[int(name[-1])]
+            if config.use_tma and part:
+                data = POINTERS[dtype].removeprefix("*")
+                types[name] = f"tensordesc<{data}[1, 1, {config.block_n}, {part}]>"
+            else:
+                constants[name] = None
+    names = function.arg_names
+    for name in names:
+        default_type = POINTERS[dtype] if name.endswith("_ptr") else "i32"
+        types.setdefault(name, strides if name.startswith("stride") else default_type)
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     # As the launcher finds them: pointers and strides that are multiples of 16.
-    strides = ("stride_q", "stride_k", "stride_v", "stride_o")
     aligned = [
         name
         for name in names
-        if name not in constants and (name.endswith("_ptr") or name.startswith(strides))
+        if name not in constants and (name.endswith("_ptr") or name.startswith("stride"))
     ]
     source = ASTSource(
-        KERNEL,
+        function,
         signature,
         {(names.index(name),): value for name, value in constants.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {
+    launch = {
         "num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True,
+        **options,
     }  # fmt: skip
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, stack = resources(compiled.asm["cubin"])
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
+    text = log.getvalue()
+    spilled = re.search(r"(\d+) bytes spill stores", text)
+    registers = re.search(r"Used (\d+) registers", text)
+    assert spilled is not None, text
+    assert registers is not None, text
     return {
-        "capability": capability, "head_dim": head_dim, "masked": masked, "registers": registers,
-        "spilled_bytes": stack, "shared_bytes": compiled.metadata.shared,
-        "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"), "triton": triton.__version__,
+        "registers": int(registers[1]), "spilled_bytes": int(spilled[1]),
+        "shared_bytes": compiled.metadata.shared,
+        "wgmma": compiled.asm["ptx"].count("wgmma.mma_async"),
+        "tma": compiled.asm["ptx"].count("cp.async.bulk.tensor"),
+        "serialized": "C7512" in text, "triton": triton.__version__,
     }  # fmt: skip
-
-
-def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack bytes of a cubin; nothing here uses the stack but spills."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert found is not None, text
-    return int(found[1]), int(found[2])
 
 
 if __name__ == "__main__":
+    # The log of ptxas is only there when it runs, not when its result comes from a cache.
+    knobs.compilation.always_compile = True
+    knobs.nvidia.dump_ptxas_log = True
     for case in json.loads(sys.argv[1]):
-        print(json.dumps(build(*case)), flush=True)
+        case["dtype"] = getattr(torch, case.get("dtype", "bfloat16"))
+        result = build(**case)
+        case["dtype"] = str(case["dtype"]).removeprefix("torch.")
+        print(json.dumps(case | result), flush=True)

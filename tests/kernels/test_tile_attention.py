@@ -1,6 +1,5 @@
 """Every implementation equals the definition, for any mask, layout, dtype and strides."""
 
-from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -15,23 +14,7 @@ from tests.kernels.oracle import Case, cases, oracle, strided
 from tests.tolerance import assert_close_to_fp64
 
 CPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-EMPTY_FUNCTIONS = ("empty", "empty_like")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """What the package does not write to is NaN, not the zeros of a fresh page."""
-    plain = {name: getattr(torch, name) for name in EMPTY_FUNCTIONS}
-    new_empty = torch.Tensor.new_empty
-
-    def poison(x: torch.Tensor) -> torch.Tensor:
-        return x.fill_(float("nan")) if x.is_floating_point() else x
-
-    with mock.patch.object(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k))):
-        with mock.patch.multiple(
-            torch, **{n: (lambda *a, f=f, **k: poison(f(*a, **k))) for n, f in plain.items()}
-        ):
-            yield
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def check(case: Case, impl: str, factor: float = 2.0) -> None:
