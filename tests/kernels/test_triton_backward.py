@@ -13,7 +13,7 @@ from evdit_opt.grid import TokenLayout, VideoGrid
 from evdit_opt.kernels import dispatch, tile_attention
 from evdit_opt.kernels.triton_configs import LaunchConfig
 from evdit_opt.masks import Rule, TileMask
-from tests.kernels.interpreted import DTYPES, check_backward, require_interpreter
+from tests.kernels.fused import DTYPES, check_backward, require_interpreter
 from tests.kernels.oracle import Case, cases
 
 require_interpreter()

@@ -1,6 +1,7 @@
 """The fused forward kernel equals the definition, run by Triton's interpreter."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -13,7 +14,7 @@ from evdit_opt.grid import TokenLayout, VideoGrid
 from evdit_opt.kernels import tile_attention
 from evdit_opt.kernels.triton_configs import LaunchConfig
 from evdit_opt.masks import Rule
-from tests.kernels.interpreted import DTYPES, check_forward, require_interpreter
+from tests.kernels.fused import DTYPES, check_forward, require_interpreter
 from tests.kernels.oracle import Case, cases, oracle
 
 require_interpreter()
@@ -58,6 +59,41 @@ def test_other_block_sizes(block_m: int, block_n: int) -> None:
     layout = TokenLayout(VideoGrid(3, 131, 1), suffix=7)
     with mock.patch.object(triton_launch, "INTERPRETER_CONFIG", config):
         check_forward(dataclasses.replace(CASE, layout=layout, padding="none", kind="transposed"))
+
+
+@pytest.fixture
+def tma() -> Iterator[None]:
+    config = dataclasses.replace(triton_launch.INTERPRETER_CONFIG, use_tma=True)
+    with mock.patch.object(triton_launch, "INTERPRETER_CONFIG", config):
+        yield
+
+
+@pytest.mark.usefixtures("tma")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 72, 96])
+def test_tensor_memory_accelerator(head_dim: int, dtype: torch.dtype) -> None:
+    layout = TokenLayout(VideoGrid(3, 67, 1), suffix=7)
+    case = dataclasses.replace(CASE, layout=layout, head_dim=head_dim, dtype=dtype)
+    check_forward(dataclasses.replace(case, batch=2, heads=2))
+
+
+@pytest.mark.usefixtures("tma")
+def test_what_a_descriptor_cannot_describe_is_copied() -> None:
+    layout = TokenLayout(VideoGrid(2, 70, 1))
+    q = torch.randn(1, 2, 140, 16)
+    odd_stride = torch.randn(1, 2, 140, 17)[..., :16]
+    odd_start = torch.randn(1, 2, 140, 32)[..., 1:17]
+    same_for_all_heads = torch.randn(1, 1, 140, 16).expand(1, 2, 140, 16)
+    for k in (odd_stride, odd_start, same_for_all_heads):
+        expected, _ = oracle(q, k, k, Rule(1).mask(2), layout)
+        out = tile_attention(q, k, k, Rule(1).mask(2), layout, impl="triton")
+        torch.testing.assert_close(out, expected.float())
+
+
+@pytest.mark.usefixtures("tma")
+def test_rows_that_no_descriptor_can_describe_are_an_error() -> None:
+    with pytest.raises(UnsupportedInputError, match="multiple of 16 bytes for use_tma=True"):
+        check_forward(dataclasses.replace(CASE, head_dim=17))
 
 
 def test_a_query_without_any_key_gives_zero() -> None:

@@ -6,7 +6,7 @@ import torch
 from evdit_opt.kernels.geometry import Geometry
 from evdit_opt.kernels.triton_tables import make_tables
 from evdit_opt.masks import Rule
-from tests.kernels.interpreted import require_interpreter
+from tests.kernels.fused import require_interpreter
 
 require_interpreter()
 import triton  # noqa: E402
