@@ -1,4 +1,4 @@
-"""Put the measured table into docs/residual_reuse.md: no number there is typed by hand.
+"""Put the measured table into the page on residual reuse: no number there is typed by hand.
 
 python benchmarks/residual_reuse.py quality && python benchmarks/residual_reuse.py speed
 python benchmarks/quote_reuse.py
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "residual_reuse.md"
-RESULTS = ROOT / "benchmarks" / "results" / "cpu" / "residual_reuse_20_steps.json"
+PAGE = ROOT / "docs/residual_reuse.md"
+RESULTS = ROOT / "benchmarks/results/cpu/residual_reuse_20_steps.json"
 BLOCK = re.compile(r"(<!-- reuse: .*? -->\n).*?(<!-- /reuse -->)", re.DOTALL)
 
 
