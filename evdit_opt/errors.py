@@ -15,6 +15,7 @@ __all__ = [
     "PlanMismatchError",
     "PlanNotFoundError",
     "QualityFloorError",
+    "SchedulerError",
     "UnsupportedInputError",
 ]
 
@@ -61,6 +62,10 @@ class CalibrationError(EvditError, ValueError):
 
 class NonFiniteOutputError(CalibrationError):
     """The model produced NaN or infinity during calibration or verification."""
+
+
+class SchedulerError(EvditError, ValueError):
+    """A few-step schedule is not well formed, or its scheduler is used out of order."""
 
 
 class QualityFloorError(CalibrationError):

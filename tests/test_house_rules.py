@@ -169,6 +169,7 @@ def test_root_exports() -> None:
 
 EXPORTS = {
     "Config",
+    "FewStepScheduler",
     "Plan",
     "Rule",
     "TileMask",
