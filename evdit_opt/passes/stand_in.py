@@ -43,11 +43,13 @@ class StandIn:
         attention: the SDPA call that stands in.
         made: what was added to the graph for it, in graph order; the last one is the result.
         original: what the model wrote, in graph order; the last one is the result.
+        users: what read the attention at first; whoever does later made use of it.
     """
 
     attention: fx.Node
     made: tuple[fx.Node, ...]
     original: tuple[fx.Node, ...]
+    users: frozenset[fx.Node]
 
 
 def stand_in(attention: fx.Node, made: Sequence[fx.Node], original: Sequence[fx.Node]) -> StandIn:
@@ -55,7 +57,7 @@ def stand_in(attention: fx.Node, made: Sequence[fx.Node], original: Sequence[fx.
     original[-1].replace_all_uses_with(made[-1])
     for node in original:
         node.meta[REPLACED] = True
-    return StandIn(attention, tuple(made), tuple(original))
+    return StandIn(attention, tuple(made), tuple(original), frozenset(attention.users))
 
 
 def settle(stand_ins: Sequence[StandIn]) -> None:
@@ -68,7 +70,7 @@ def settle(stand_ins: Sequence[StandIn]) -> None:
     """
     for entry in reversed(stand_ins):
         attention = entry.attention
-        taken = attention._erased or any(user not in entry.made for user in attention.users)
+        taken = attention._erased or any(user not in entry.users for user in attention.users)
         if not taken:
             entry.made[-1].replace_all_uses_with(entry.original[-1])
             for node in entry.original:
