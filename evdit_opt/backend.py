@@ -13,10 +13,12 @@ from torch import fx
 
 from evdit_opt.errors import UnsupportedInputError
 from evdit_opt.grid import TokenLayout, VideoGrid
+from evdit_opt.passes.canonicalize_attention import canonicalize_attention
 from evdit_opt.passes.graph import copy_graph, subgraphs
 from evdit_opt.passes.inline_decomposed import inline_decomposed
 from evdit_opt.passes.mark_planned_sites import mark_planned_sites
 from evdit_opt.passes.marks import MARK
+from evdit_opt.passes.stand_in import StandIn, settle
 from evdit_opt.passes.swap_attention import SiteOutcome, swap_attention
 from evdit_opt.plan import Plan
 from evdit_opt.report import Report
@@ -86,6 +88,7 @@ class Compilation:
     gm: fx.GraphModule
     options: Options
     names: Mapping[int, str] | None
+    stand_ins: list[StandIn] = field(default_factory=list)
     sites: list[SiteOutcome] = field(default_factory=list)
 
 
@@ -134,6 +137,10 @@ def compile_graph(
     return _compile_inner(compilation.gm, example_inputs, options), report
 
 
+def _canonicalize(compilation: Compilation) -> None:
+    compilation.stand_ins += canonicalize_attention(compilation.gm)
+
+
 def _place_marks(compilation: Compilation) -> None:
     """Marks come from apply_plan's hooks; without them the plan's module names must do."""
     if _has_marks(compilation.gm):
@@ -159,12 +166,23 @@ def _inline(compilation: Compilation) -> None:
         inline_decomposed(compilation.gm)
 
 
+def _settle(compilation: Compilation) -> None:
+    settle(compilation.stand_ins)
+
+
 def _clean_up(compilation: Compilation) -> None:
     compilation.gm.graph.lint()
     compilation.gm.recompile()
 
 
-PASSES: tuple[Callable[[Compilation], None], ...] = (_place_marks, _swap, _inline, _clean_up)
+PASSES: tuple[Callable[[Compilation], None], ...] = (
+    _canonicalize,
+    _place_marks,
+    _swap,
+    _settle,
+    _inline,
+    _clean_up,
+)
 
 
 def _has_marks(gm: fx.GraphModule) -> bool:

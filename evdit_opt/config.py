@@ -3,9 +3,11 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 from evdit_opt.errors import CalibrationError
+from evdit_opt.grid import VideoGrid
 from evdit_opt.kernels.dispatch import IMPLEMENTATIONS
 from evdit_opt.masks import Spacing, Weighting
 from evdit_opt.quality import QualityReport
@@ -44,6 +46,8 @@ class Config:
             clip, no unit. None: no bound.
         max_distinct_rules: different rules a plan may hold. Dynamo makes one graph per rule when
             blocks are compiled one by one, and gives up after 8.
+        grid: latent grid of the calibration calls, in tokens, for models that take tokens and are
+            not told num_frames, height and width. The plan then fits clips of this size only.
         inner: torch.compile backend that compiles the rewritten graph.
         impl: implementation of tile attention, see ``evdit_opt.tile_attention``.
         progress: show progress bars on stderr.
@@ -71,6 +75,7 @@ class Config:
     min_ssim: float | None = None
     max_flicker_ratio: float | None = None
     max_distinct_rules: int = 6
+    grid: VideoGrid | None = None
     inner: str = "inductor"
     impl: str = "auto"
     progress: bool = True
@@ -104,6 +109,8 @@ class Config:
         _require_one_of("impl", self.impl, IMPLEMENTATIONS)
         if not isinstance(self.inner, str) or not self.inner:
             raise _wrong("inner", "the name of a torch.compile backend", self.inner)
+        if not isinstance(self.grid, (VideoGrid, NoneType)):
+            raise _wrong("grid", "a VideoGrid", self.grid)
         if not isinstance(self.progress, bool):
             raise _wrong("progress", "True or False", self.progress)
         if not isinstance(self.pipe_kwargs, Mapping):

@@ -52,6 +52,6 @@ def survey_table(model: str, survey: Survey) -> Table:
         else:
             tokens = f"{attention.q_len or '?'} x {attention.kv_len or '?'}"
             why = survey.refused[attention.name]
-        heads = f"{attention.heads} x {attention.head_dim}"
+        heads = f"{attention.heads} x {attention.head_dim or '?'}"
         table.add_row(attention.name, "yes" if layout else "no", tokens, heads, why)
     return table

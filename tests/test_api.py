@@ -18,9 +18,9 @@ from evdit_opt.errors import (
     QualityFloorError,
     UnsupportedInputError,
 )
-from tests.models.small_models import CASES, wan
+from tests.models.case import Shape
+from tests.models.small_models import BY_NAME
 
-BY_NAME = {case.name: case for case in CASES}
 WAN = BY_NAME["wan"]
 GRID = VideoGrid(7, 4, 5)
 CONFIG = Config(
@@ -36,7 +36,7 @@ CONFIG = Config(
 
 
 def calls(count: int = 3, grid: VideoGrid = GRID) -> list[dict[str, Any]]:
-    return [WAN.inputs(grid, seed=seed) for seed in range(count)]
+    return [WAN.inputs(Shape(grid=grid), seed=seed) for seed in range(count)]
 
 
 def run(model: nn.Module, call: dict[str, Any]) -> torch.Tensor:
@@ -63,7 +63,7 @@ def test_optimize_returns_the_same_module_and_makes_it_sparse():
 
 
 def test_a_plan_records_its_evidence(plan):
-    assert [site.name for site in plan.sites] == list(WAN.sites)
+    assert [site.name for site in plan.sites] == list(WAN.layouts())
     assert plan.grid == GRID
     assert plan.calibration.prompt_count == 3
     assert plan.calibration.held_out_error is not None
@@ -165,7 +165,7 @@ def test_a_plan_of_another_model_is_an_error(plan):
 
 
 def test_a_plan_of_a_smaller_model_of_the_class_is_an_error(plan):
-    larger = wan(layers=3)
+    larger = WAN.model(Shape(layers=3))
     with pytest.raises(PlanMismatchError, match="configuration"):
         evdit_opt.apply_plan(larger, plan)
     assert not hasattr(larger, "_evdit")

@@ -55,6 +55,7 @@ def test_every_field_is_documented() -> None:
         {"impl": "fastest"},
         {"progress": 1},
         {"pipe_kwargs": None},
+        {"grid": (4, 2, 3)},
     ],
     ids=str,
 )

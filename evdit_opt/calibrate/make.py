@@ -73,7 +73,7 @@ def make_plan(target: object, calib: Iterable[Item], config: Config | None = Non
             f"{config.verify_prompts} are held out to measure quality on), got "
             f"{len(denoiser.items)}; give more, or lower Config.verify_prompts"
         )
-    survey = survey_attention(denoiser)
+    survey = survey_attention(denoiser, config.grid)
     drafter = Drafter(denoiser, survey, config)
     longest = max(layout.seq_len for layout in survey.layouts.values())
     if longest < config.min_tokens:

@@ -40,8 +40,12 @@ class Survey:
     fullgraph: bool
 
 
-def survey_attention(denoiser: Denoiser) -> Survey:
+def survey_attention(denoiser: Denoiser, grid: VideoGrid | None = None) -> Survey:
     """Find the sites on the first call of a denoiser, and their layouts.
+
+    Args:
+        denoiser: the model and how to call it.
+        grid: the grid of that call, for models whose arguments do not tell.
 
     Raises:
         NoVideoAttentionError: if there is no site; says what was found instead.
@@ -58,7 +62,7 @@ def survey_attention(denoiser: Denoiser) -> Survey:
             f"expected 3D self-attention over video in {type(denoiser.model).__name__}, found "
             f"{found or 'no attention at all'}; nothing can be made sparse here"
         )
-    inferred = infer_layout(denoiser.model, sites, args, kwargs)
+    inferred = infer_layout(denoiser.model, sites, args, kwargs, grid)
     for name, reason in inferred.refused.items():
         logger.warning("evdit leaves %s dense, its token layout is not certain: %s", name, reason)
     return Survey(

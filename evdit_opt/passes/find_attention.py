@@ -1,7 +1,7 @@
 """Find every attention of a model, and prove by dataflow which are 3D self-attention."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from evdit_opt.passes.canonicalize_attention import canonicalize_attention
 from evdit_opt.passes.capture import captured
 from evdit_opt.passes.check_attention import mask_kind, unsupported
 from evdit_opt.passes.graph import (
+    LEFT_ALONE,
+    REPLACED,
     SDPA,
     Attention,
+    copy_graph,
     is_attention,
     layer_fqn,
     read_attention,
@@ -41,7 +45,7 @@ class AttentionSite:
         batch: first dimension of q.
         heads: query heads.
         kv_heads: key heads.
-        head_dim: size of a head.
+        head_dim: size of a head; 0 if it is not known.
         causal: True if causal.
         mask_kind: "none", "key padding" (kept) or "other" (refused).
     """
@@ -96,15 +100,19 @@ def find_attention(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
         kwargs: keyword arguments of the call.
     """
     names = {id(module): name for name, module in model.named_modules()}
-    batch = video_input(model, args, kwargs).batch
+    video = video_input(model, args, kwargs)
     found: list[AttentionSite] = []
     graphs = 0
 
-    def backend(gm: fx.GraphModule, _example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         nonlocal graphs
         graphs += 1
-        for body in subgraphs(gm):
-            found.extend(classify(body.graph, names, batch))
+        canonical = copy_graph(gm)
+        canonicalize_attention(canonical)
+        inputs = zip(canonical.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
+        videos = {node for node, value in inputs if value is video.tensor}
+        for body in subgraphs(canonical):
+            found.extend(classify(body.graph, names, video.batch, videos))
         return gm.forward  # type: ignore[no-any-return]
 
     with torch.no_grad(), captured(model, backend) as capture:
@@ -115,7 +123,9 @@ def find_attention(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
     return Sites(tuple(checked), capture.fullgraph, graphs)
 
 
-def classify(graph: fx.Graph, names: Mapping[int, str] | None, batch: int) -> list[AttentionSite]:
+def classify(
+    graph: fx.Graph, names: Mapping[int, str] | None, batch: int, videos: Set[fx.Node] = frozenset()
+) -> list[AttentionSite]:
     """Describe every attention of one of Dynamo's graphs.
 
     A site computes q, k and v from the same hidden states; these descend from the video; nothing is
@@ -125,23 +135,26 @@ def classify(graph: fx.Graph, names: Mapping[int, str] | None, batch: int) -> li
         graph: the graph, before any rewriting.
         names: ``id(module) -> path`` of the model.
         batch: batch size of the video input.
+        videos: placeholders known to hold the video; every 5-D input counts too.
     """
-    videos = {
+    volumes = {
         node
         for node in graph.find_nodes(op="placeholder")
         if not is_parameter(node) and getattr(value_of(node), "ndim", 0) == 5
     }
     sites = []
     for node in graph.nodes:
-        if node.target is SDPA:
-            sites.append(_classify_call(node, names, batch, videos))
+        if node.target is SDPA and REPLACED not in node.meta:
+            sites.append(_classify_call(node, names, batch, volumes | videos))
         elif is_attention(node) and "flex_attention" in str(node.target):
             sites.append(_leave_flex(node, names))
+        elif LEFT_ALONE in node.meta:
+            sites.append(_leave_spelled(node, names))
     return sites
 
 
 def _classify_call(
-    call: fx.Node, names: Mapping[int, str] | None, batch: int, videos: set[fx.Node]
+    call: fx.Node, names: Mapping[int, str] | None, batch: int, videos: Set[fx.Node]
 ) -> AttentionSite:
     attention = read_attention(call)
     q, k = value_of(attention.q), value_of(attention.k)
@@ -185,9 +198,9 @@ def _not_self(attention: Attention, origins: Sequence[Origin], shared: Sequence[
     return ""
 
 
-def _not_video(shared: Sequence[fx.Node], videos: set[fx.Node]) -> str:
+def _not_video(shared: Sequence[fx.Node], videos: Set[fx.Node]) -> str:
     if not videos:
-        return ""  # token input, or a graph of its own after a break: infer_layout's probe decides
+        return ""  # a graph of its own after a break: infer_layout's probe decides
     feeds = walk_back(shared, lambda node: node in videos)
     return "" if any(node in videos for node in feeds) else "does not descend from the video input"
 
@@ -254,6 +267,24 @@ def _leave_flex(node: fx.Node, names: Mapping[int, str] | None) -> AttentionSite
         heads=int(q.shape[1]),
         kv_heads=int(k.shape[1]),
         head_dim=int(q.shape[3]),
+        causal=False,
+        mask_kind="other",
+    )
+
+
+def _leave_spelled(softmax: fx.Node, names: Mapping[int, str] | None) -> AttentionSite:
+    *batch, queries, keys = (_known(size) for size in value_of(softmax).shape)
+    heads = batch[1] if len(batch) > 1 else None
+    return AttentionSite(
+        name=layer_fqn(softmax, names) or "",
+        is_site=False,
+        reason=softmax.meta[LEFT_ALONE],
+        q_len=queries,
+        kv_len=keys,
+        batch=batch[0],
+        heads=heads or 1,
+        kv_heads=heads or 1,
+        head_dim=0,
         causal=False,
         mask_kind="other",
     )

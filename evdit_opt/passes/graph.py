@@ -3,26 +3,47 @@
 import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch._subclasses import FakeTensor
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 __all__ = [
+    "LEFT_ALONE",
+    "REPLACED",
     "SDPA",
     "Attention",
+    "attention_calls",
     "copy_graph",
+    "insert_call",
     "is_attention",
     "layer_fqn",
+    "live_nodes",
+    "operation",
     "read_attention",
+    "same_size",
     "subgraphs",
     "tensor_inputs",
     "value_of",
     "walk_back",
+    "written_inputs",
 ]
 
 SDPA = F.scaled_dot_product_attention
+
+LEFT_ALONE = "evdit_left_alone"
+"""Key in the metadata of a softmax that is attention no site can have; its value says why."""
+
+IN_PLACE = frozenset("iadd iand imul ior isub itruediv ixor setitem".split())
+NOT_IN_PLACE = frozenset("and_ is_ not_ or_".split())
+
+REPLACED = "evdit_replaced"
+"""Key in the metadata of nodes that another one stands in for."""
 
 
 class Attention(NamedTuple):
@@ -36,6 +57,12 @@ class Attention(NamedTuple):
     is_causal: bool = False
     scale: float | None = None
     enable_gqa: bool = False
+
+
+def attention_calls(graph: fx.Graph) -> list[fx.Node]:
+    """The SDPA calls of a graph, without those that another one stands in for."""
+    found = graph.find_nodes(op="call_function", target=SDPA)
+    return [node for node in found if REPLACED not in node.meta]
 
 
 def read_attention(node: fx.Node) -> Attention:
@@ -87,6 +114,73 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
             value_of(argument), (int, float, torch.Size, torch.SymInt, torch.SymFloat)
         )
     ]
+
+
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """True if two sizes are provably equal; asking does not guard, whatever is symbolic."""
+    if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):
+        difference = a - b
+        return isinstance(difference, torch.SymInt) and difference.node.expr == 0
+    return a == b
+
+
+def operation(node: fx.Node) -> str:
+    """What a node does, without saying how it was spelled: "transpose", "and_", "softmax".
+
+    ``x.transpose(0, 1)``, ``torch.transpose(x, 0, 1)`` and ``aten.transpose.int`` are alike.
+    """
+    if node.op == "call_method":
+        return str(node.target)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.split("::")[1]
+    return str(getattr(node.target, "__name__", "")) if node.op == "call_function" else ""
+
+
+def insert_call(
+    graph: fx.Graph, target: Any, arguments: tuple[Any, ...], like: fx.Node, **keywords: Any
+) -> fx.Node:
+    """A new call, with its example value, in the module that ``like`` was traced in.
+
+    Args:
+        graph: edited at its insertion point.
+        target: function or operator.
+        arguments: nodes and constants.
+        like: node to take the module stack of.
+        keywords: keyword arguments of the call.
+    """
+    node = graph.call_function(target, arguments, keywords)
+    values, named = map_arg((arguments, keywords), value_of)
+    # Metadata only. The mode is that of Dynamo's example values, not the one active by now.
+    leaves = pytree.tree_leaves((values, named))
+    modes = [leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)]
+    with modes[0] if modes else nullcontext():
+        node.meta["example_value"] = target(*values, **named)
+    for key in ("nn_module_stack", "stack_trace"):
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+    return node
+
+
+def live_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Everything that an output, or a tensor written in place, depends on."""
+    todo = [node for node in graph.nodes if node.op == "output" or written_inputs(node)]
+    live = set(todo)
+    while todo:
+        new = [x for x in todo.pop().all_input_nodes if x not in live]
+        live.update(new)
+        todo += new
+    return live
+
+
+def written_inputs(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a node writes to in place; too many rather than too few."""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    if isinstance(node.target, torch._ops.OpOverload):
+        return tensor_inputs(node) if node.target._schema.is_mutable else []
+    name = operation(node)
+    method = name.endswith("_") and not name.endswith("__") and name not in NOT_IN_PLACE
+    return tensor_inputs(node) if method or name in IN_PLACE or "out" in node.kwargs else []
 
 
 def walk_back(starts: Iterable[fx.Node], stop: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:

@@ -1,5 +1,6 @@
 """Where a forward's video grid is read from: ``GridSource``."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,23 +20,26 @@ class GridSource:
 
     Attributes:
         kind: "patch": from the shape of a 5-D latent input, divided by the patch size. "arguments":
-            from num_frames, height and width arguments.
+            from num_frames, height and width arguments. "given": it does not follow from any call;
+            somebody said so of one size of clip, and no other is known.
         input: name of the argument that holds the video.
-        patch: patch size (time, height, width).
-        dims: axes of time, height and width in that input.
+        patch: patch size (time, height, width); for "given" the whole clip, in tokens.
+        dims: axes of time, height and width in that input; means nothing for tokens.
 
     Raises:
         LayoutError: if a value is outside its range.
     """
 
-    kind: Literal["patch", "arguments"]
+    kind: Literal["patch", "arguments", "given"]
     input: str
     patch: tuple[int, int, int]
     dims: tuple[int, int, int]
 
     def __post_init__(self) -> None:
-        if self.kind not in ("patch", "arguments"):
-            raise LayoutError(f"expected GridSource.kind 'patch' or 'arguments', got {self.kind!r}")
+        if self.kind not in ("patch", "arguments", "given"):
+            raise LayoutError(
+                f"expected GridSource.kind 'patch', 'arguments' or 'given', got {self.kind!r}"
+            )
         if not self.input.isidentifier():
             raise LayoutError(
                 f"expected GridSource.input to be an argument name, got {self.input!r}"
@@ -54,6 +58,8 @@ class GridSource:
         Raises:
             LayoutError: if an argument is missing or has too few dimensions.
         """
+        if self.kind == "given":
+            return self._given(arguments)
         if self.kind == "arguments":
             missing = [name for name in GRID_ARGUMENTS if arguments.get(name) is None]
             if missing:
@@ -74,6 +80,15 @@ class GridSource:
             size // patch for size, patch in zip(video, self.patch, strict=True)
         )
         return frames, height, width
+
+    def _given(self, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+        tokens = arguments.get(self.input)
+        if tokens is None or tokens.ndim != 3 or tokens.shape[1] != math.prod(self.patch):
+            raise LayoutError(
+                f"expected {math.prod(self.patch)} tokens in argument {self.input!r}, the clip of "
+                f"{self.patch} tokens this plan was made for; make a plan for clips of this size"
+            )
+        return self.patch
 
     def read(self, arguments: Mapping[str, Any]) -> VideoGrid:
         """The grid of one forward, from its arguments by name.

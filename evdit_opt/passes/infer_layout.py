@@ -1,7 +1,10 @@
 """Where the video tokens lie in the sequence of every site: grid, text before, text after."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -82,25 +85,25 @@ def infer_layout(
     video = video_input(model, args, kwargs)
     tried = []
     probed: list[InferredLayout] = []
-    for source in grid_sources(model, video, arguments):
-        found = source.read(arguments) if _fits(source, arguments) else None
-        if found is None or (grid is not None and found != grid):
-            tried.append(f"{found or 'no whole patches'} by {source}")
-            continue
-        seen = _probe(model, sites.names, arguments, video, source, found)
-        result = _judge(seen, sites.names, source, found)
-        if "probe" in result.evidence.values():
-            return result
-        probed.append(result)
-        reasons = dict.fromkeys(result.refused.values()) or ["only the length fits"]
-        tried.append(f"{found} by {source}: {'; '.join(reasons)}")
+    with _probing(model, sites.names, arguments, video) as look:
+        for source in grid_sources(model, video, arguments, grid):
+            found = source.read(arguments) if _fits(source, arguments) else None
+            if found is None or (grid is not None and found != grid):
+                tried.append(f"{found or 'no whole patches'} by {source}")
+                continue
+            result = _judge(look(source, found), sites.names, source, found)
+            if "probe" in result.evidence.values():
+                return result
+            probed.append(result)
+            reasons = dict.fromkeys(result.refused.values()) or ["only the length fits"]
+            tried.append(f"{found} by {source}: {'; '.join(reasons)}")
     if probed and probed[0].layouts:
         return probed[0]
     raise LayoutError(
         f"expected the token grid of {type(model).__name__} to follow from its arguments"
         f"{'' if grid is None else f' and to be {grid}'}, no reading fits: "
-        f"{' | '.join(tried) or 'there is no 5-D input and no num_frames, height, width'}; pass "
-        "grid=VideoGrid(...) if the model pads or crops, else leave it dense"
+        f"{' | '.join(tried) or 'there is no 5-D input and no num_frames, height, width'}; "
+        "give Config.grid if the model takes tokens, else leave it dense"
     )
 
 
@@ -108,6 +111,8 @@ def _fits(source: GridSource, arguments: Mapping[str, Any]) -> bool:
     if source.kind == "arguments":
         return True
     shape = arguments[source.input].shape
+    if source.kind == "given":
+        return bool(shape[1] == math.prod(source.patch))
     return all(
         shape[dim] >= patch and shape[dim] % patch == 0
         for dim, patch in zip(source.dims, source.patch, strict=True)
@@ -129,17 +134,14 @@ def _token(grid: VideoGrid, corner: tuple[int, int, int]) -> int:
     return (frame * grid.height + row) * grid.width + column
 
 
-def _probe(
-    model: nn.Module,
-    names: Sequence[str],
-    arguments: Mapping[str, Any],
-    video: VideoInput,
-    source: GridSource,
-    grid: VideoGrid,
-) -> _Seen:
+@contextmanager
+def _probing(
+    model: nn.Module, names: Sequence[str], arguments: Mapping[str, Any], video: VideoInput
+) -> Iterator[Callable[[GridSource, VideoGrid], _Seen]]:
+    """Capture the model once, with all attention muted, to try several readings on it."""
     sketches: dict[str, list[Tensor]] = {name: [] for name in names}
 
-    def look(name: str, q: Tensor, *_: Any) -> None:
+    def keep(name: str, q: Tensor, *_: Any) -> None:
         sketches[name].append(_sketch(q))
 
     def run(tensor: Tensor) -> dict[str, Tensor]:
@@ -149,7 +151,7 @@ def _probe(
         # Models that attend sample by sample call more than once; the first sample is enough.
         return {name: seen[0] for name, seen in sketches.items() if seen}
 
-    with torch.no_grad(), observe(model, names, look, mute=True):
+    def look(source: GridSource, grid: VideoGrid) -> _Seen:
         base = run(video.tensor)
         lengths = {name: int(sketch.shape[0]) for name, sketch in base.items()}
         if all(length < grid.tokens for length in lengths.values()):
@@ -158,14 +160,17 @@ def _probe(
         for bumped in _bumps(video.tensor, source, grid):
             for name, sketch in run(bumped).items():
                 moved[name].append(_moved(base[name], sketch))
-    return _Seen(lengths, moved)
+        return _Seen(lengths, moved)
+
+    with torch.no_grad(), observe(model, names, keep, mute=True):
+        yield look
 
 
 def _bumps(tensor: Tensor, source: GridSource, grid: VideoGrid) -> Iterator[Tensor]:
     step = float(tensor.float().std()) + 1.0
     for corner in _corners(grid):
         bumped = tensor.clone()
-        if source.kind == "arguments":
+        if source.kind != "patch":
             bumped[:, _token(grid, corner)] += step
         else:
             index: list[Any] = [slice(None)] * tensor.ndim
@@ -216,19 +221,26 @@ def _judge(
 def _place(
     moved: Sequence[tuple[int, ...]], text: int, grid: VideoGrid
 ) -> tuple[int, Evidence] | str:
-    """Text tokens before the video, and how that is known; or why it is not."""
+    """Tokens before the video, and how that is known; or why it is not."""
     if not any(moved):
         return "moving the video moves none of its tokens, it is not attention over video"
+    expected = [_token(grid, corner) for corner in _corners(grid)]
+    offsets = {
+        tuple(found - token for found in tokens)
+        for tokens, token in zip(moved, expected, strict=True)
+    }
+    if len(offsets) == 1:
+        # More than one: the sequence holds the video several times, and the first counts.
+        starts = offsets.pop()
+        apart = all(after - before >= grid.tokens for before, after in pairwise(starts))
+        if apart and starts[0] >= 0 and starts[-1] <= text:
+            return starts[0], "probe"
     if any(len(tokens) != 1 for tokens in moved):
         # Something besides attention mixes tokens (a convolution, a norm over the clip).
         if text == 0:
             return 0, "length"
         return f"{text} tokens besides the video, and the probe cannot tell where they lie"
-    expected = [_token(grid, corner) for corner in _corners(grid)]
-    offsets = {tokens[0] - token for tokens, token in zip(moved, expected, strict=True)}
-    if len(offsets) != 1 or not 0 <= min(offsets) <= text:
-        return (
-            f"tokens {[tokens[0] for tokens in moved]} moved where a frame-major clip of {grid} "
-            f"moves {expected} plus the text before it"
-        )
-    return min(offsets), "probe"
+    return (
+        f"tokens {[tokens[0] for tokens in moved]} moved where a frame-major clip of {grid} "
+        f"moves {expected} plus the text before it"
+    )

@@ -8,7 +8,7 @@ from torch import fx
 
 from evdit_opt.errors import LayoutError, PlanMismatchError
 from evdit_opt.grid import VideoGrid
-from evdit_opt.passes.graph import SDPA, layer_fqn, read_attention, value_of
+from evdit_opt.passes.graph import attention_calls, layer_fqn, read_attention, value_of
 from evdit_opt.passes.marks import MARK, SiteSpec
 from evdit_opt.passes.trace_origin import common_origin, is_parameter, trace_origin
 
@@ -50,7 +50,7 @@ def mark_planned_sites(
     grid = grid or _read_grid(gm.graph, plan)
     layouts = {site.name: site.layout for site in plan.sites}
     marked = set()
-    for call in gm.graph.find_nodes(op="call_function", target=SDPA):
+    for call in attention_calls(gm.graph):
         layer = layer_fqn(call, names) or ""
         site = next((s for s in rules if layer == s or layer.startswith(f"{s}.")), None)
         if site is None:

@@ -8,9 +8,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from evdit_opt.errors import AlreadyOptimizedError
+from evdit_opt.passes.canonicalize_attention import canonicalize_attention
 from evdit_opt.passes.capture import Capture, captured
-from evdit_opt.passes.graph import SDPA, copy_graph, read_attention, subgraphs
+from evdit_opt.passes.graph import (
+    LEFT_ALONE,
+    attention_calls,
+    copy_graph,
+    read_attention,
+    subgraphs,
+)
 from evdit_opt.passes.marks import add_marks, remove_mark
+from evdit_opt.passes.stand_in import settle
 from evdit_opt.passes.swap_attention import match_marks
 
 __all__ = ["Callback", "Record", "mute_attention", "observe", "observe_attention"]
@@ -54,9 +62,11 @@ def observe(
 
     def backend(gm: fx.GraphModule, _example_inputs: Sequence[Any]) -> Callable[..., Any]:
         gm = copy_graph(gm)
+        stand_ins = canonicalize_attention(gm)
         observe_attention(gm, record)
         if mute:
             mute_attention(gm)
+        settle(stand_ins)
         gm.recompile()
         return gm.forward  # type: ignore[no-any-return]
 
@@ -94,9 +104,16 @@ def mute_attention(gm: fx.GraphModule) -> None:
 
     before:  out = scaled_dot_product_attention(q, k, v)
     after:   out = zeros of the same shape
+
+    So are the weights of attention that is spelled out and could not be written as SDPA.
     """
     for body in subgraphs(gm):
-        for call in body.graph.find_nodes(op="call_function", target=SDPA):
+        for softmax in [node for node in body.graph.nodes if LEFT_ALONE in node.meta]:
+            with body.graph.inserting_after(softmax):
+                silence = body.graph.call_function(torch.zeros_like, (softmax,))
+            softmax.replace_all_uses_with(silence)
+            silence.args = (softmax,)
+        for call in attention_calls(body.graph):
             attention = read_attention(call)
             with body.graph.inserting_before(call):
                 silence = body.graph.call_function(_silence, (attention.q, attention.v))

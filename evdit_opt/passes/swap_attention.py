@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 
-from evdit_opt.errors import LayoutError, PlanMismatchError
+from evdit_opt.errors import PlanMismatchError
 from evdit_opt.masks import Rule
 from evdit_opt.passes.check_attention import unsupported
 from evdit_opt.passes.graph import (
-    SDPA,
     Attention,
+    attention_calls,
+    insert_call,
     is_attention,
     layer_fqn,
     read_attention,
@@ -23,6 +23,7 @@ from evdit_opt.passes.graph import (
     walk_back,
 )
 from evdit_opt.passes.marks import MARK, SiteSpec, remove_mark
+from evdit_opt.passes.text_tokens import text_tokens
 
 __all__ = ["ResidualMissing", "SiteOutcome", "match_marks", "swap_attention"]
 
@@ -130,7 +131,7 @@ def match_marks(graph: fx.Graph) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
         mark: [] for mark in graph.find_nodes(op="call_function", target=MARK)
     }
     if own:
-        for call in graph.find_nodes(op="call_function", target=SDPA):
+        for call in attention_calls(graph):
             attention = read_attention(call)
             sources = [_marks_behind(x) for x in (attention.q, attention.k, attention.v)]
             if len(sources[0]) == 1 and sources[0] == sources[1] == sources[2]:
@@ -180,7 +181,7 @@ def _rewrite(call: fx.Node, mark: fx.Node, name: str, impl: str) -> SiteOutcome:
     intervals, log_weights = mask.segments()
     target = torch.ops.evdit.tile_attention.default
     with graph.inserting_before(call):
-        prefix, suffix = _text_tokens(graph, attention.q, frames, mark.args[3], spec, name)
+        prefix, suffix = text_tokens(graph, attention.q, frames, mark.args[3], spec, name)
         arguments = (
             attention.q,
             attention.k,
@@ -195,14 +196,14 @@ def _rewrite(call: fx.Node, mark: fx.Node, name: str, impl: str) -> SiteOutcome:
             attention.scale,
             impl,
         )
-        both = _call(graph, target, arguments, call)
-        out = _call(graph, operator.getitem, (both, 0), call)
+        both = insert_call(graph, target, arguments, call)
+        out = insert_call(graph, operator.getitem, (both, 0), call)
         if mode == "reuse":
-            out = _call(graph, operator.add, (out, residual), call)
+            out = insert_call(graph, operator.add, (out, residual), call)
     if mode == "refresh":
         with graph.inserting_before(call.next):
-            dropped = _call(graph, operator.sub, (call, out), call)
-            _call(graph, torch.ops.aten.copy_.default, (residual, dropped), call)
+            dropped = insert_call(graph, operator.sub, (call, out), call)
+            insert_call(graph, torch.ops.aten.copy_.default, (residual, dropped), call)
     else:
         call.replace_all_uses_with(out)
         graph.erase_node(call)
@@ -216,54 +217,3 @@ def _too_short(attention: Attention, frames: int, tokens: Any, min_tokens: int) 
     if length < min_tokens:
         return f"{int(length)} tokens, the plan is for at least {min_tokens}"
     return ""
-
-
-def _text_tokens(
-    graph: fx.Graph, q: fx.Node, frames: int, tokens: Any, spec: SiteSpec, name: str
-) -> tuple[Any, Any]:
-    """Text tokens before and after the video of this forward, as numbers or nodes.
-
-    What is longer than the video is text, and lies where it lay in calibration.
-    """
-    length = value_of(q).shape[2]
-    video = frames * value_of(tokens)
-    text = length - video
-    calibrated = (
-        f"a video of {frames} x {value_of(tokens)} tokens after {spec.prefix} and before "
-        f"{spec.suffix} text tokens, as in calibration"
-    )
-    got = f"expected at {name} {calibrated}, got a sequence of {length}; calibrate for such calls"
-    if not spec.prefix and not spec.suffix:
-        if text != 0:
-            raise LayoutError(got)
-        return 0, 0
-    if spec.prefix and spec.suffix:
-        if text != spec.prefix + spec.suffix:
-            raise LayoutError(got)
-        return spec.prefix, spec.suffix
-    if isinstance(text, torch.SymInt):
-        text = _symbolic_text(graph, q, frames, tokens)
-    elif text < 0:
-        raise LayoutError(got)
-    return (text, 0) if spec.prefix else (0, text)
-
-
-def _symbolic_text(graph: fx.Graph, q: fx.Node, frames: int, tokens: Any) -> fx.Node:
-    """Nodes for ``q.shape[2] - frames * tokens``."""
-    length = _call(graph, torch.ops.aten.sym_size.int, (q, 2), q)
-    video = frames * tokens
-    if isinstance(tokens, fx.Node):
-        video = _call(graph, operator.mul, (frames, tokens), q)
-    return _call(graph, operator.sub, (length, video), q)
-
-
-def _call(graph: fx.Graph, target: Any, arguments: tuple[Any, ...], like: fx.Node) -> fx.Node:
-    """A new call with its example value, and the module stack of ``like``."""
-    node = graph.call_function(target, arguments)
-    values = map_arg(arguments, value_of)
-    # Metadata only, with whatever fake mode Dynamo's example values carry.
-    node.meta["example_value"] = target(*values)
-    for key in ("nn_module_stack", "stack_trace"):
-        if key in like.meta:
-            node.meta[key] = like.meta[key]
-    return node

@@ -9,7 +9,7 @@ from torch import fx
 
 from evdit_opt.passes.graph import is_attention, tensor_inputs, walk_back
 
-__all__ = ["Origin", "common_origin", "is_parameter", "trace_origin"]
+__all__ = ["Origin", "common_origin", "is_parameter", "projected", "trace_origin"]
 
 PROJECTIONS = frozenset(
     {F.linear, torch.addmm, torch.matmul, operator.matmul, torch.conv1d, torch.conv2d, torch.conv3d}
@@ -27,10 +27,10 @@ class Origin:
         self.projections: dict[fx.Node, list[fx.Node]] = {}
 
         def stop(seen: fx.Node) -> bool:
-            return is_attention(seen) or _projected(seen) is not None
+            return is_attention(seen) or projected(seen) is not None
 
         for seen in walk_back([node], stop):
-            source = seen if is_attention(seen) else _projected(seen)
+            source = seen if is_attention(seen) else projected(seen)
             if source is not None:
                 self.projections.setdefault(source, []).append(seen)
 
@@ -66,7 +66,7 @@ def is_parameter(node: fx.Node) -> bool:
     return named or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
 
 
-def _projected(node: fx.Node) -> fx.Node | None:
+def projected(node: fx.Node) -> fx.Node | None:
     """The activation that a projection reads; None if ``node`` is no projection."""
     if node.op == "call_module":
         inputs = tensor_inputs(node)

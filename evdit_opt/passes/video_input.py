@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from evdit_opt.errors import LayoutError
+from evdit_opt.grid import VideoGrid
 from evdit_opt.passes.grid_source import GRID_ARGUMENTS, GridSource
 
 __all__ = ["VideoInput", "bind_arguments", "grid_sources", "video_input"]
@@ -68,12 +69,24 @@ def video_input(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 
 def grid_sources(
-    model: nn.Module, video: VideoInput, arguments: Mapping[str, Any]
+    model: nn.Module,
+    video: VideoInput,
+    arguments: Mapping[str, Any],
+    grid: VideoGrid | None = None,
 ) -> Iterator[GridSource]:
-    """How the grid may be read from such calls, the likeliest first. Each needs a check."""
+    """How the grid may be read from such calls, the likeliest first. Each needs a check.
+
+    Args:
+        model: the denoiser.
+        video: its video argument.
+        arguments: all arguments of a call.
+        grid: the grid of this call, if the caller knows it.
+    """
     if video.tensor.ndim != 5:
         if all(isinstance(arguments.get(name), int) for name in GRID_ARGUMENTS):
             yield _source("arguments", video, (1, 1, 1), (2, 3, 4))
+        elif grid is not None:
+            yield _source("given", video, (grid.frames, grid.height, grid.width), (2, 3, 4))
         return
     for patch in dict.fromkeys(_patches(model)):
         for dims in _dims(model, video):
@@ -100,16 +113,15 @@ def _patches(model: nn.Module) -> Iterator[tuple[int, int, int]]:
 
 
 def _dims(model: nn.Module, video: VideoInput) -> Iterator[tuple[int, int, int]]:
-    channels_first, frames_first = (2, 3, 4), (1, 3, 4)
+    shape = video.tensor.shape
+    # Channels lie in one of three places; where the model tells how many it takes, that one first.
+    places = {1: (2, 3, 4), 2: (1, 3, 4), 4: (1, 2, 3)}
     channels = _read(getattr(model, "config", None), "in_channels")
-    if video.tensor.shape[2] == channels != video.tensor.shape[1]:
-        channels_first, frames_first = frames_first, channels_first
-    yield channels_first
-    yield frames_first
+    yield from (places[dim] for dim in sorted(places, key=lambda dim: shape[dim] != channels))
 
 
 def _source(
-    kind: Literal["patch", "arguments"],
+    kind: Literal["patch", "arguments", "given"],
     video: VideoInput,
     patch: tuple[int, int, int],
     dims: tuple[int, int, int],

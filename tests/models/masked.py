@@ -1,6 +1,6 @@
 """An independent way to run a model with tile masks: eager, with dense masks, no compiler."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -15,28 +15,42 @@ from evdit_opt.masks import Rule
 
 @contextmanager
 def masked_attention(
-    model: nn.Module, rules: dict[str, Rule], layout: TokenLayout
+    model: nn.Module,
+    rules: dict[str, Rule],
+    layout: TokenLayout | Mapping[str, TokenLayout],
+    backwards: bool = False,
 ) -> Iterator[dict[str, int]]:
     """Run ``model`` eagerly with the rules as dense masks; yields how often each site was masked.
 
     Nothing of the compiler is used: the module that is running is known from hooks, and the builtin
-    is replaced. Self-attention of a site is recognised by its key length.
+    is replaced. Self-attention of a site is recognised by its length; text behind the video may be
+    shorter than the layout says, where a model attends sample by sample.
+
+    Args:
+        model: the dense model.
+        rules: rule per site.
+        layout: layout of all sites, or of each.
+        backwards: sum over the keys from the last to the first: the same result but for rounding.
     """
+    layouts = dict.fromkeys(rules, layout) if isinstance(layout, TokenLayout) else layout
     running: list[str] = []
     applied = dict.fromkeys(rules, 0)
-    biases = {name: rule.mask(layout.grid.frames).expand(layout) for name, rule in rules.items()}
     dense = F.scaled_dot_product_attention
 
     def attend(query: Any, key: Any, value: Any, attn_mask: Any = None, **kwargs: Any) -> Any:
-        if running and key.shape[2] == layout.seq_len and query.shape[2] == layout.seq_len:
+        fitting = fit(layouts[running[-1]], query.shape[2]) if running else None
+        if fitting is not None and query.shape[2] == key.shape[2]:
             applied[running[-1]] += 1
-            bias = biases[running[-1]].to(query.dtype)
+            rule = rules[running[-1]]
+            bias = rule.mask(fitting.grid.frames).expand(fitting).to(query.dtype)
             if attn_mask is None:
                 attn_mask = bias
             elif attn_mask.dtype == torch.bool:
                 attn_mask = bias.masked_fill(~attn_mask, float("-inf"))
             else:
                 attn_mask = attn_mask + bias
+            if backwards:
+                key, value, attn_mask = key.flip(2), value.flip(2), attn_mask.flip(-1)
         return dense(query, key, value, attn_mask, **kwargs)
 
     handles = []
@@ -52,3 +66,11 @@ def masked_attention(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def fit(layout: TokenLayout, length: int) -> TokenLayout | None:
+    """The layout of a sequence of that length; None if it holds no such video."""
+    shorter = layout.seq_len - length
+    if not 0 <= shorter <= layout.suffix:
+        return None
+    return TokenLayout(layout.grid, layout.prefix, layout.suffix - shorter)

@@ -1,5 +1,6 @@
 """A video transformer of a few lines, quick to trace, for what does not depend on a real model."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from evdit_opt.grid import VideoGrid
+from evdit_opt.grid import TokenLayout, VideoGrid
 from evdit_opt.masks import Rule
 from evdit_opt.passes.grid_source import GridSource
 from evdit_opt.plan import CalibrationRecord, Plan, SiteLayout, SitePlan
@@ -89,16 +90,21 @@ def make_plan(
     grid: VideoGrid = GRID,
     prefix: int = 0,
     suffix: int = 0,
+    layouts: Mapping[str, TokenLayout] | None = None,
     min_tokens: int = 0,
     fullgraph: bool = True,
 ) -> Plan:
     """A plan that says what a test wants; nothing was calibrated."""
+    usual = TokenLayout(grid, prefix, suffix)
+    layouts = layouts or {}
     sites = tuple(
         SitePlan(
             name=name,
             rule=rule,
             reason="chosen by a test",
-            layout=SiteLayout(prefix=prefix, suffix=suffix),
+            layout=SiteLayout(
+                prefix=layouts.get(name, usual).prefix, suffix=layouts.get(name, usual).suffix
+            ),
             density=1.0 if rule is None else 0.5,
         )
         for name, rule in rules.items()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch._subclasses import FakeTensorMode
 from torch.fx.node import map_arg
 
 from evdit_opt.passes.graph import value_of
@@ -17,12 +18,14 @@ class GraphBuilder:
 
     def __init__(self) -> None:
         self.graph = fx.Graph()
+        self.mode = FakeTensorMode()
         self.layer = ""
         self.names: dict[int, str] = {}
 
     def input(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> fx.Node:
         node = self.graph.placeholder(name)
-        node.meta["example_value"] = torch.empty(shape, device="meta", dtype=dtype)
+        with self.mode:
+            node.meta["example_value"] = torch.empty(shape, dtype=dtype)
         return node
 
     def weight(self, *shape: int) -> fx.Node:
@@ -32,7 +35,8 @@ class GraphBuilder:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = self.graph.call_function(target, args, kwargs)
         values, keywords = map_arg((args, kwargs), value_of)
-        node.meta["example_value"] = target(*values, **keywords)
+        with self.mode:
+            node.meta["example_value"] = target(*values, **keywords)
         if self.layer:
             key = next((k for k, v in self.names.items() if v == self.layer), len(self.names) + 1)
             self.names[key] = self.layer

@@ -5,6 +5,7 @@ import operator
 import pytest
 import torch
 
+from evdit_opt.passes.canonicalize_attention import canonicalize_attention
 from evdit_opt.passes.find_attention import AttentionSite, classify
 from tests.passes.graph_builder import GraphBuilder
 
@@ -48,6 +49,20 @@ def test_text_only_attention_as_long_as_the_video_is_not() -> None:
     build, _, text = start()
     build.attend(text)
     assert "does not descend from the video" in only(build).reason
+
+
+def test_tokens_known_to_be_the_video_are_the_video() -> None:
+    build = GraphBuilder()
+    video, text = (build.input(f"l_{name}_", 1, VIDEO, 16) for name in ("video", "text"))
+    build.layer = "blocks.0.attn1"
+    build.attend(video)
+    build.layer = "text.0.attn1"
+    build.attend(text)
+    unknown = classify(build.graph, build.names, 1)
+    assert [found.is_site for found in unknown] == [True, True], "the probe has to decide"
+    known = classify(build.graph, build.names, 1, {video})
+    assert [found.is_site for found in known] == [True, False]
+    assert "does not descend from the video" in known[1].reason
 
 
 def test_joint_attention_of_video_and_text_is_a_site() -> None:
@@ -123,3 +138,17 @@ def test_the_site_is_the_module_around_projections_and_attention() -> None:
     build.layer = "blocks.0.core"
     build.call(torch.nn.functional.scaled_dot_product_attention, q, k, v)
     assert only(build).name == "blocks.0"
+
+
+def test_attention_that_is_spelled_out_and_left_alone_says_why() -> None:
+    build, x, _ = start()
+    build.layer = "blocks.0.attn1"
+    q, k, v = (build.heads(build.linear(x)) for _ in "qkv")
+    scores = build.call(torch.matmul, q, build.call(torch.transpose, k, 2, 3))
+    weights = build.call(torch.softmax, scores, -1)
+    gm = build.module(build.call(torch.matmul, weights, v), weights)
+    canonicalize_attention(gm)
+    found = only(build)
+    assert (found.name, found.is_site) == ("blocks.0.attn1", False)
+    assert "used elsewhere" in found.reason
+    assert (found.q_len, found.kv_len, found.heads) == (VIDEO, VIDEO, 2)

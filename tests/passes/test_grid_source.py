@@ -29,6 +29,13 @@ def test_from_arguments() -> None:
     assert source.read(call) == VideoGrid(5, 6, 4)
 
 
+def test_given_for_one_size_of_clip() -> None:
+    source = patches(kind="given", patch=(5, 6, 4))
+    assert source.read({"hidden_states": torch.empty(2, 120, 8)}) == VideoGrid(5, 6, 4)
+    with pytest.raises(LayoutError, match=r"120 tokens.*make a plan for clips of this size"):
+        source.read({"hidden_states": torch.empty(2, 96, 8)})
+
+
 @pytest.mark.parametrize(
     ("source", "call", "message"),
     [

@@ -39,6 +39,28 @@ class Sandwich(ToyDiT):
         return self.blocks[0].attn1(torch.cat([context[:, :2], x, context[:, 2:]], 1))
 
 
+class Twice(ToyDiT):
+    """A copy of the video behind it."""
+
+    def forward(self, hidden_states: Tensor, text: Tensor) -> Tensor:
+        x = self.embed(hidden_states).flatten(2).transpose(1, 2)
+        return self.blocks[0].attn1(torch.cat([self.text(text), x, x + 1], 1))
+
+
+class ChannelsLast(ToyDiT):
+    """Latents ``[batch, frames, height, width, channels]``."""
+
+    def forward(self, hidden_states: Tensor, text: Tensor) -> Tensor:
+        return super().forward(hidden_states.movedim(-1, 1), text)
+
+
+class Tokens(ToyDiT):
+    """Takes tokens, and is not told how many make a frame."""
+
+    def forward(self, hidden_states: Tensor, text: Tensor) -> Tensor:
+        return self.blocks[0](self.text(hidden_states), self.text(text))
+
+
 class Deaf(ToyDiT):
     """Attention over as many tokens as the video has, none of them video."""
 
@@ -63,6 +85,33 @@ def test_every_layer_is_proven(breaks: bool) -> None:
 
 def test_text_on_both_sides() -> None:
     assert dict(infer(Sandwich()).layouts) == {"blocks.0.attn1": TokenLayout(GRID, 2, 3)}
+
+
+def test_of_two_copies_the_first_counts() -> None:
+    layout = TokenLayout(GRID, 5, GRID.tokens)
+    found = infer(Twice())
+    assert dict(found.layouts) == {"blocks.0.attn1": layout}
+    assert dict(found.evidence) == {"blocks.0.attn1": "probe"}
+
+
+def test_channels_may_come_last() -> None:
+    model, inputs = ChannelsLast(1), toy_inputs()
+    inputs["hidden_states"] = inputs["hidden_states"].movedim(1, -1)
+    found = infer_layout(model, find_attention(model, (), inputs), (), inputs)
+    assert found.source.dims == (1, 2, 3)
+    assert dict(found.evidence) == {"blocks.0.attn1": "probe"}
+
+
+def test_a_model_that_takes_tokens_needs_the_callers_word() -> None:
+    model = Tokens()
+    inputs = {**toy_inputs(), "hidden_states": torch.randn(1, GRID.tokens, 8)}
+    sites = find_attention(model, (), inputs)
+    with pytest.raises(LayoutError, match=r"give Config\.grid"):
+        infer_layout(model, sites, (), inputs)
+    found = infer_layout(model, sites, (), inputs, GRID)
+    assert dict(found.layouts) == {"blocks.0.attn1": TokenLayout(GRID)}
+    assert dict(found.evidence) == {"blocks.0.attn1": "probe"}
+    assert found.source.read(inputs) == GRID
 
 
 def test_another_token_order_is_refused() -> None:

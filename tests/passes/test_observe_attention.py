@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from evdit_opt.apply import apply_plan
 from evdit_opt.errors import AlreadyOptimizedError, PlanMismatchError
 from evdit_opt.passes.observe_attention import observe
-from tests.models.toy_dit import make_plan, toy, toy_inputs, toy_rules
+from tests.models.toy_dit import ToyDiT, make_plan, toy, toy_inputs, toy_rules
 
 
 @pytest.mark.parametrize("breaks", [False, True], ids=["fullgraph", "shared-graphs"])
@@ -77,3 +77,22 @@ def test_what_cannot_be_observed_is_an_error() -> None:
     apply_plan(model, make_plan(model, toy_rules()), inner="eager")
     with pytest.raises(AlreadyOptimizedError, match="restore"), observe(model, (), print):
         pass
+
+
+class ReturnsWeights(ToyDiT):
+    """Attention that one SDPA call cannot replace: its weights are used twice."""
+
+    def forward(self, hidden_states: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        x = self.embed(hidden_states).flatten(2).transpose(1, 2)
+        weights = (x @ x.transpose(1, 2)).softmax(-1)
+        return x + weights @ x + weights @ (2 * x)
+
+
+def test_attention_that_is_left_alone_is_muted_too() -> None:
+    model, inputs = ReturnsWeights(1).eval(), toy_inputs()
+    with torch.no_grad(), observe(model, (), lambda *_: None, mute=True):
+        before = model(**inputs)
+        inputs["hidden_states"][:, :, 0, 0, 0] += 1
+        after = model(**inputs)
+    moved = (after != before).any(-1)[0].nonzero().flatten().tolist()
+    assert moved == [0]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from evdit_opt.errors import LayoutError
+from evdit_opt.grid import VideoGrid
 from evdit_opt.passes.video_input import bind_arguments, grid_sources, video_input
 
 
@@ -70,11 +71,17 @@ def test_channels_tell_the_order_of_dimensions() -> None:
     model = Model(in_channels=16)
     frames_first = video_input(model, (), {"hidden_states": LATENT.transpose(1, 2)})
     assert next(grid_sources(model, frames_first, {})).dims == (1, 3, 4)
+    last = video_input(model, (), {"hidden_states": LATENT.movedim(1, -1)})
+    assert next(grid_sources(model, last, {})).dims == (1, 2, 3)
+    unknown = list(grid_sources(Model(), frames_first, {}))
+    assert [source.dims for source in unknown] == [(2, 3, 4), (1, 3, 4), (1, 2, 3)]
 
 
 def test_token_inputs_need_the_grid_as_arguments() -> None:
     call = {"hidden_states": torch.randn(1, 9, 4)}
     video = video_input(Model(), (), call)
     assert list(grid_sources(Model(), video, call)) == []
+    given = list(grid_sources(Model(), video, call, VideoGrid(1, 3, 3)))
+    assert [(source.kind, source.patch) for source in given] == [("given", (1, 3, 3))]
     call |= {"num_frames": 1, "height": 3, "width": 3}
     assert [source.kind for source in grid_sources(Model(), video, call)] == ["arguments"]

@@ -1,0 +1,30 @@
+"""Turn the ways to write attention into one, a ``scaled_dot_product_attention`` node."""
+
+from collections.abc import Callable, Iterator
+
+from torch import fx
+
+from evdit_opt.passes.canonicalize_mask import canonicalize_mask
+from evdit_opt.passes.canonicalize_softmax import canonicalize_softmax
+from evdit_opt.passes.graph import subgraphs
+from evdit_opt.passes.stand_in import StandIn
+
+__all__ = ["canonicalize_attention"]
+
+FORMS: tuple[Callable[[fx.Graph], Iterator[StandIn]], ...] = (
+    canonicalize_softmax,
+    canonicalize_mask,
+)
+"""In this order: what one makes, the next may simplify."""
+
+
+def canonicalize_attention(gm: fx.GraphModule) -> list[StandIn]:
+    """Run every form on a graph and its subgraphs.
+
+    Args:
+        gm: Dynamo's graph; edited in place.
+
+    Returns:
+        What stands in for what; hand it to ``settle`` once the sites are rewritten.
+    """
+    return [entry for form in FORMS for body in subgraphs(gm) for entry in form(body.graph)]

@@ -1,0 +1,42 @@
+"""Every video transformer of diffusers: which layers are found, and where their tokens lie."""
+
+import pytest
+
+from evdit_opt.calibrate.survey import survey_attention
+from evdit_opt.errors import LayoutError, NoVideoAttentionError
+from evdit_opt.models import as_denoiser
+from tests.models.case import Case, Shape, random_shape
+from tests.models.small_models import BY_NAME, CASES
+
+SHAPES = {"usual": Shape(), **{f"random{seed}": random_shape(seed) for seed in (1, 2, 3)}}
+
+# Where convolutions mix tokens before the first attention, only the length can be checked.
+MIXES_EARLY = {"sana_wm"}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_expected_sites_are_found_and_no_others(case: Case, shape: Shape) -> None:
+    model, call = case.model(shape), case.inputs(shape)
+    denoiser = as_denoiser(model, [call])
+    if case.refused:
+        with pytest.raises((NoVideoAttentionError, LayoutError), match=case.refused):
+            survey_attention(denoiser)
+        return
+    grid = shape.grid if case.source is None else None
+    found = survey_attention(denoiser, grid)
+    assert dict(found.layouts) == case.layouts(shape)
+    assert tuple(found.layouts) == tuple(case.layouts(shape))
+    assert (found.grid, found.grid_source) == (shape.grid, case.grid_source(shape))
+    assert found.fullgraph == case.fullgraph
+    assert all(found.refused.values()), "every attention left alone has a reason"
+    evidence = "length" if case.name in MIXES_EARLY else "probe"
+    assert set(found.evidence.values()) == {evidence}
+
+
+@pytest.mark.parametrize("name", ["minimax_h3", "sana_wm_refiner"])
+def test_a_model_that_takes_tokens_only_needs_the_callers_word(name: str) -> None:
+    case = BY_NAME[name]
+    denoiser = as_denoiser(case.model(), [case.inputs()])
+    with pytest.raises(LayoutError, match=r"give Config\.grid"):
+        survey_attention(denoiser)
