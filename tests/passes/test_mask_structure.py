@@ -53,7 +53,7 @@ def test_an_expanded_dimension_is_constant() -> None:
         (torch.flatten, (), set()),
         (torch.cumsum, (3,), {1}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),  # str holds an address
 )
 def test_operations(target: object, arguments: tuple, expected: set[int]) -> None:
     build, padding = start()
