@@ -1,7 +1,6 @@
 """Find every attention of a model, and prove by dataflow which are 3D self-attention."""
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
@@ -11,6 +10,8 @@ from torch import fx, nn
 
 from evdit_opt.passes.capture import captured
 from evdit_opt.passes.check_attention import mask_kind, unsupported
+from evdit_opt.passes.eager_graph import eager_graph
+from evdit_opt.passes.find_split_sites import find_split_sites
 from evdit_opt.passes.graph import (
     SDPA,
     Attention,
@@ -21,6 +22,7 @@ from evdit_opt.passes.graph import (
     value_of,
     walk_back,
 )
+from evdit_opt.passes.site_mark import Way
 from evdit_opt.passes.trace_origin import Origin, common_origin, is_parameter, trace_origin
 from evdit_opt.passes.video_input import video_input
 
@@ -44,6 +46,7 @@ class AttentionSite:
         head_dim: size of a head.
         causal: True if causal.
         mask_kind: "none", "key padding" (kept) or "other" (refused).
+        way: how a plan reaches it: by a mark, or in a scope; see ``passes.scopes``.
     """
 
     name: str
@@ -57,6 +60,7 @@ class AttentionSite:
     head_dim: int
     causal: bool
     mask_kind: str
+    way: Way = "mark"
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,12 @@ class Sites:
         return tuple(dict.fromkeys(found.name for found in self.attentions if found.is_site))
 
     @property
+    def scoped(self) -> tuple[str, ...]:
+        """Module paths of the sites that are reached in a scope."""
+        scoped = (found.name for found in self.attentions if found.is_site and found.way == "scope")
+        return tuple(dict.fromkeys(scoped))
+
+    @property
     def refused(self) -> dict[str, str]:
         """The reason of every attention that is not a site."""
         return {found.name: found.reason for found in self.attentions if not found.is_site}
@@ -87,8 +97,8 @@ class Sites:
 def find_attention(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sites:
     """Capture one real call of ``model`` and classify every attention in it.
 
-    Where Dynamo breaks the graph, layers can share one: modules named and built like a site count
-    as sites too then. ``infer_layout`` looks at each of them.
+    Where Dynamo breaks the graph, layers can share one, and what feeds an attention can lie in
+    another: the proof is then read off a recording of an eager call.
 
     Args:
         model: the denoiser, dense.
@@ -98,21 +108,23 @@ def find_attention(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
     names = {id(module): name for name, module in model.named_modules()}
     batch = video_input(model, args, kwargs).batch
     found: list[AttentionSite] = []
-    graphs = 0
 
     def backend(gm: fx.GraphModule, _example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        nonlocal graphs
-        graphs += 1
         for body in subgraphs(gm):
             found.extend(classify(body.graph, names, batch))
         return gm.forward  # type: ignore[no-any-return]
 
     with torch.no_grad(), captured(model, backend) as capture:
         model(*args, **kwargs)
-    checked = [_require_callable(site, model) for site in found]
     if not capture.fullgraph:
-        checked += _siblings(checked, model)
-    return Sites(tuple(checked), capture.fullgraph, graphs)
+        found = classify(eager_graph(model, args, kwargs), names, batch)
+    checked = tuple(_require_callable(site, model) for site in found)
+    sites = Sites(checked, capture.fullgraph, capture.graphs)
+    if sites.fullgraph or not sites.names:
+        return sites
+    split = find_split_sites(model, sites.names, args, kwargs)
+    ways = tuple(_choose_way(site, split, checked) for site in checked)
+    return replace(sites, attentions=ways)
 
 
 def classify(graph: fx.Graph, names: Mapping[int, str] | None, batch: int) -> list[AttentionSite]:
@@ -227,19 +239,23 @@ def _require_callable(site: AttentionSite, model: nn.Module) -> AttentionSite:
     return replace(site, is_site=False, reason="no single module projects its q, k and v")
 
 
-def _siblings(found: Sequence[AttentionSite], model: nn.Module) -> list[AttentionSite]:
-    known = {site.name for site in found}
-    patterns = {
-        (re.sub(r"\d+", "#", site.name), type(model.get_submodule(site.name))): site
-        for site in found
-        if site.is_site
-    }
-    siblings = []
-    for name, module in model.named_modules():
-        like = patterns.get((re.sub(r"\d+", "#", name), type(module)))
-        if like is not None and name not in known:
-            siblings.append(replace(like, name=name, reason=f"built like {like.name}"))
-    return siblings
+def _choose_way(
+    site: AttentionSite, split: Collection[str], all_found: Sequence[AttentionSite]
+) -> AttentionSite:
+    if not site.is_site or site.name not in split:
+        return site
+    inside = [
+        other.name
+        for other in all_found
+        if not other.is_site and f"{other.name}.".startswith(f"{site.name}.")
+    ]
+    if inside:
+        reason = (
+            "Dynamo breaks the graph between its projections and its attention, and its module "
+            f"holds another attention ({inside[0]})"
+        )
+        return replace(site, is_site=False, reason=reason)
+    return replace(site, way="scope")
 
 
 def _leave_flex(node: fx.Node, names: Mapping[int, str] | None) -> AttentionSite:

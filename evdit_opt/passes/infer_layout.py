@@ -87,7 +87,7 @@ def infer_layout(
         if found is None or (grid is not None and found != grid):
             tried.append(f"{found or 'no whole patches'} by {source}")
             continue
-        seen = _probe(model, sites.names, arguments, video, source, found)
+        seen = _probe(model, sites, arguments, video, source, found)
         result = _judge(seen, sites.names, source, found)
         if "probe" in result.evidence.values():
             return result
@@ -131,12 +131,13 @@ def _token(grid: VideoGrid, corner: tuple[int, int, int]) -> int:
 
 def _probe(
     model: nn.Module,
-    names: Sequence[str],
+    sites: Sites,
     arguments: Mapping[str, Any],
     video: VideoInput,
     source: GridSource,
     grid: VideoGrid,
 ) -> _Seen:
+    names = sites.names
     sketches: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def look(name: str, q: Tensor, *_: Any) -> None:
@@ -149,7 +150,7 @@ def _probe(
         # Models that attend sample by sample call more than once; the first sample is enough.
         return {name: seen[0] for name, seen in sketches.items() if seen}
 
-    with torch.no_grad(), observe(model, names, look, mute=True):
+    with torch.no_grad(), observe(model, names, look, scoped=sites.scoped, mute=True):
         base = run(video.tensor)
         lengths = {name: int(sketch.shape[0]) for name, sketch in base.items()}
         if all(length < grid.tokens for length in lengths.values()):

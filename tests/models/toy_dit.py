@@ -1,6 +1,6 @@
 """A video transformer of a few lines, quick to trace, for what does not depend on a real model."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +91,7 @@ def make_plan(
     suffix: int = 0,
     min_tokens: int = 0,
     fullgraph: bool = True,
+    way: Literal["mark", "scope"] = "mark",
 ) -> Plan:
     """A plan that says what a test wants; nothing was calibrated."""
     sites = tuple(
@@ -100,6 +101,7 @@ def make_plan(
             reason="chosen by a test",
             layout=SiteLayout(prefix=prefix, suffix=suffix),
             density=1.0 if rule is None else 0.5,
+            way=way,
         )
         for name, rule in rules.items()
     )
