@@ -3,7 +3,7 @@
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,9 +12,11 @@ from torch import fx, nn
 from evdit_opt.backend import Inner, Options, compile_graph
 from evdit_opt.errors import AlreadyOptimizedError, PlanMismatchError, UnsupportedInputError
 from evdit_opt.passes.capture import compile_call, restore_call
-from evdit_opt.passes.marks import RootMark, SiteSpec, add_marks
-from evdit_opt.passes.swap_attention import SiteOutcome
-from evdit_opt.plan import Plan
+from evdit_opt.passes.decide_site import SiteOutcome
+from evdit_opt.passes.marks import RootMark, add_marks
+from evdit_opt.passes.scopes import SparseAttend, add_scopes
+from evdit_opt.passes.site_mark import SiteSpec, Way
+from evdit_opt.plan import Plan, SitePlan
 from evdit_opt.report import Report
 from evdit_opt.reuse import Reusing
 
@@ -83,8 +85,14 @@ def apply_plan(
         )
     whole = plan.fullgraph if fullgraph is None else fullgraph
     _require_no_compiled_parts(model, whole)
+    scoped = _specs(plan, "scope")
+    if whole and scoped:
+        raise UnsupportedInputError(
+            f"expected fullgraph=False, got True with a plan that reaches {next(iter(scoped))} in "
+            "a scope, which ends Dynamo's graph; leave fullgraph out"
+        )
     options = Options(inner=inner, inductor=inductor_options or {}, impl=impl)
-    marks = add_marks(model, _specs(plan), plan.grid_source if plan.rules else None)
+    marks = add_marks(model, _specs(plan, "mark"), plan.grid_source if plan.rules else None)
     applied = Applied(
         **vars(marks),
         plan=plan,
@@ -92,6 +100,7 @@ def apply_plan(
         impl=impl,
         previous_call=vars(model).get("_compiled_call_impl"),
     )
+    add_scopes(model, applied, scoped, SparseAttend(impl, applied.compiled))
     model._evdit = applied  # type: ignore[assignment]
     if not plan.rules:
         logger.warning("this plan leaves every site dense; %s is compiled dense", plan.model_class)
@@ -129,12 +138,14 @@ def report(model: nn.Module) -> Report:
     applied = _applied(model)
     assert applied.plan is not None
     sites = []
+    shared = {outcome.spec: outcome for outcome in applied.compiled.values()}
     for site in applied.plan.sites:
-        planned_dense = SiteOutcome(site.name, None, 1.0, site.reason)
+        if site.rule is None:
+            sites.append(SiteOutcome(site.name, None, 1.0, site.reason))
+            continue
         waiting = SiteOutcome(site.name, site.rule, 1.0, _not_compiled(applied.graphs))
-        sites.append(
-            planned_dense if site.rule is None else applied.compiled.get(site.name, waiting)
-        )
+        like = shared.get(_spec(site, applied.plan), waiting)
+        sites.append(replace(applied.compiled.get(site.name, like), name=site.name))
     return Report(tuple(sites), applied.graphs, applied.inner, applied.impl)
 
 
@@ -149,8 +160,13 @@ class _Backend:
         model = self.model()
         assert model is not None, "a model cannot compile after it is gone"
         names = {id(module): name for name, module in model.named_modules()}
-        compiled, done = compile_graph(gm, example_inputs, self.options, names)
         applied = _applied(model)
+        sharing: dict[str, str] = {}
+        for module in applied.sites:
+            site: Any = module._evdit_site
+            known = sharing.get(site.spec)
+            sharing[site.spec] = f"{known}, {site.name}" if known else site.name
+        compiled, done = compile_graph(gm, example_inputs, self.options, names, sharing)
         applied.graphs += 1
         applied.compiled.update({site.name: site for site in done.sites})
         return compiled
@@ -175,14 +191,17 @@ def _reusing(
     return Reusing(call, plan.reuse, source.input, applied.parameters, applied.live, sites)
 
 
-def _specs(plan: Plan) -> dict[str, str]:
+def _specs(plan: Plan, way: Way) -> dict[str, str]:
     return {
-        site.name: SiteSpec(
-            site.rule, site.layout.prefix, site.layout.suffix, plan.min_tokens
-        ).encode()
+        site.name: _spec(site, plan)
         for site in plan.sites
-        if site.rule is not None
+        if site.rule is not None and site.way == way
     }
+
+
+def _spec(site: SitePlan, plan: Plan) -> str:
+    assert site.rule is not None
+    return SiteSpec(site.rule, site.layout.prefix, site.layout.suffix, plan.min_tokens).encode()
 
 
 def _applied(model: nn.Module) -> Applied:
@@ -222,6 +241,4 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _not_compiled(graphs: int) -> str:
-    if not graphs:
-        return "not compiled yet: call the model once"
-    return "compiled in a graph it shares with another site, or not reached yet"
+    return "not reached yet" if graphs else "not compiled yet: call the model once"

@@ -14,12 +14,13 @@ from torch import fx
 from evdit_opt.errors import UnsupportedInputError
 from evdit_opt.grid import TokenLayout, VideoGrid
 from evdit_opt.passes.canonicalize_attention import canonicalize_attention
+from evdit_opt.passes.decide_site import SiteOutcome
 from evdit_opt.passes.graph import copy_graph, subgraphs
 from evdit_opt.passes.inline_decomposed import inline_decomposed
 from evdit_opt.passes.mark_planned_sites import mark_planned_sites
-from evdit_opt.passes.marks import MARK
+from evdit_opt.passes.site_mark import MARKS
 from evdit_opt.passes.stand_in import StandIn, settle
-from evdit_opt.passes.swap_attention import SiteOutcome, swap_attention
+from evdit_opt.passes.swap_attention import swap_attention
 from evdit_opt.plan import Plan
 from evdit_opt.report import Report
 
@@ -88,6 +89,7 @@ class Compilation:
     gm: fx.GraphModule
     options: Options
     names: Mapping[int, str] | None
+    sharing: Mapping[str, str] | None = None
     stand_ins: list[StandIn] = field(default_factory=list)
     sites: list[SiteOutcome] = field(default_factory=list)
 
@@ -118,6 +120,7 @@ def compile_graph(
     example_inputs: Sequence[Any],
     options: Options,
     names: Mapping[int, str] | None,
+    sharing: Mapping[str, str] | None = None,
 ) -> tuple[Callable[..., Any], Report]:
     """Rewrite a copy of ``gm`` and compile it.
 
@@ -126,11 +129,12 @@ def compile_graph(
         example_inputs: its inputs.
         options: the plan and the inner backend.
         names: ``id(module) -> path`` of the model, where it is known.
+        sharing: encoded spec -> the sites that have it, where it is known.
 
     Returns:
         The compiled graph, and what happened to its sites.
     """
-    compilation = Compilation(copy_graph(gm), options, names)
+    compilation = Compilation(copy_graph(gm), options, names, sharing)
     for run_pass in PASSES:
         run_pass(compilation)
     report = Report(tuple(compilation.sites), 1, options.inner_name, options.impl)
@@ -157,7 +161,9 @@ def _place_marks(compilation: Compilation) -> None:
 
 
 def _swap(compilation: Compilation) -> None:
-    compilation.sites += swap_attention(compilation.gm, compilation.names, compilation.options.impl)
+    compilation.sites += swap_attention(
+        compilation.gm, compilation.names, compilation.options.impl, compilation.sharing
+    )
 
 
 def _inline(compilation: Compilation) -> None:
@@ -186,7 +192,7 @@ PASSES: tuple[Callable[[Compilation], None], ...] = (
 
 
 def _has_marks(gm: fx.GraphModule) -> bool:
-    return any(body.graph.find_nodes(op="call_function", target=MARK) for body in subgraphs(gm))
+    return any(node.target in MARKS for body in subgraphs(gm) for node in body.graph.nodes)
 
 
 @functools.cache

@@ -205,15 +205,24 @@ def _pipeline_denoiser(
             generator=generator,
             **{"output_type": "np", **pipe_kwargs},
         )
-        frames = getattr(output, "frames", None)
-        if frames is None:
-            raise UnsupportedInputError(
-                f"expected a video pipeline (its output has .frames), {type(pipe).__name__} "
-                f"returned {type(output).__name__}; image pipelines have no frames to sparsify"
-            )
-        return require_finite(torch.as_tensor(frames[0]), f"the video of {type(pipe).__name__}")
+        return require_finite(_first_video(output, pipe), f"the video of {type(pipe).__name__}")
 
     return Denoiser(model, tuple(prompts), run, makes_video=True)
+
+
+def _first_video(output: object, pipe: object) -> torch.Tensor:
+    """The first video of a pipeline's output, ``[frames, height, width, 3]`` in 0..1."""
+    frames = getattr(output, "frames", None)
+    if frames is None:
+        images = getattr(output, "images", None)
+        frames = images if getattr(images, "ndim", 0) == 5 else None  # Open-Sora-Plan
+    if frames is None:
+        raise UnsupportedInputError(
+            f"expected a video pipeline (its output has .frames), {type(pipe).__name__} "
+            f"returned {type(output).__name__}; image pipelines have no frames to sparsify"
+        )
+    video = torch.as_tensor(frames[0])
+    return video / 255 if video.dtype == torch.uint8 else video
 
 
 def config_hash(model: nn.Module) -> str:

@@ -2,11 +2,13 @@
 
 import itertools
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
 from evdit_opt.errors import PlanError
 from evdit_opt.masks import Rule
+from evdit_opt.passes.site_mark import Way
+from evdit_opt.strict_json import OPTIONAL
 
 __all__ = [
     "MAX_TOKENS",
@@ -77,6 +79,8 @@ class SitePlan:
         layout: text tokens around the video.
         density: kept / all token pairs at the calibrated layout; 1 for a dense site.
         errors: what every candidate would cost here.
+        way: how its attention is reached: by a mark in its graph, or, where Dynamo puts mark and
+            attention into different graphs, in a scope of its own.
     """
 
     name: str
@@ -85,11 +89,14 @@ class SitePlan:
     layout: SiteLayout
     density: float
     errors: tuple[RuleEvidence, ...] = ()
+    way: Way = field(default="mark", metadata={OPTIONAL: True})
 
     def __post_init__(self) -> None:
         require_text("name", self.name, 256)
         require_text("reason", self.reason, 1000)
         require_number("density", self.density, 0.0, 1.0)
+        if self.way not in get_args(Way):
+            raise PlanError(f"expected way to be one of {get_args(Way)}, got {self.way!r}")
         if self.rule is None and self.density != 1.0:
             raise PlanError(f"expected density 1 at a dense site, got {self.density}")
 

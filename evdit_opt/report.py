@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from evdit_opt.passes.swap_attention import SiteOutcome
+from evdit_opt.passes.decide_site import SiteOutcome
 
 __all__ = ["Report"]
 
@@ -44,5 +44,6 @@ class Report:
         for site in self.sites:
             rule = "dense" if site.rule is None else site.rule.describe()
             text = f"dense: {site.reason}" if site.reason else f"{rule}, density {site.density:.3f}"
+            text += ", in a scope of its own" if site.way == "scope" else ""
             lines.append(f"  {site.name:<{width}}  {text}")
         return "\n".join(lines)

@@ -186,12 +186,14 @@ class Reusing:
                 mark.residual = generation.residuals.get(name, _NONE)
             try:
                 return self._call(*args, **kwargs)
-            except torch._dynamo.exc.BackendCompilerFailed as error:
-                missing = error.inner_exception
-                if not isinstance(missing, ResidualMissing):
-                    raise
+            except ResidualMissing as missing:  # of an attention outside all graphs
                 self._learn(generation.shapes, missing.like)
-                self._make_residuals(generation)
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                missing_in_graph = error.inner_exception
+                if not isinstance(missing_in_graph, ResidualMissing):
+                    raise
+                self._learn(generation.shapes, missing_in_graph.like)
+            self._make_residuals(generation)
         raise AssertionError("every site has named its residual once")
 
     def _learn(self, shapes: tuple[Any, ...], like: Mapping[str, Tensor]) -> None:
@@ -201,7 +203,8 @@ class Reusing:
             for name, x in like.items()
         }
         first = next(iter(found.values()))
-        self._like.setdefault(shapes, dict.fromkeys(self._marks, first)).update(found)
+        known = self._like.setdefault(shapes, dict.fromkeys(self._marks, first))
+        known.update({name: like for name, like in found.items() if name in known})
 
     def _make_residuals(self, generation: _Generation) -> None:
         residuals = generation.residuals

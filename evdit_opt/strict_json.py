@@ -13,12 +13,14 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 
 from evdit_opt.errors import EvditError, PlanError
 
-__all__ = ["build", "dump", "parse", "shorten"]
+__all__ = ["OPTIONAL", "build", "dump", "parse", "shorten"]
 
 T = TypeVar("T")
 MAX_DIGITS = 25  # more than any 64-bit integer has; Python converts longer ones in quadratic time
 MAX_TEXT = 1000
 Pairs = tuple[tuple[str, str], ...]  # written as a JSON object
+OPTIONAL = "optional"
+"""Metadata of a field that is written only where it differs from its default."""
 
 
 def dump(value: Any) -> str:
@@ -95,13 +97,14 @@ def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
         _refuse(where, "an object", value)
     hints = get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]
+    optional = [field.name for field in dataclasses.fields(kind) if field.metadata.get(OPTIONAL)]
     for problem, keys in (
-        ("misses", [name for name in names if name not in value]),
+        ("misses", [name for name in names if name not in value and name not in optional]),
         ("has the unknown", [key for key in value if key not in names]),
     ):
         if keys:
             raise PlanError(f"{where} {problem} field {shorten(keys[0])}")
-    fields = {name: build(hints[name], value[name], f"{where}.{name}") for name in names}
+    fields = {key: build(hints[key], value[key], f"{where}.{key}") for key in names if key in value}
     try:
         return kind(**fields)
     except EvditError as error:
@@ -124,6 +127,8 @@ def _plain(value: Any) -> Any:
         plain = {}
         for field in dataclasses.fields(value):
             item = getattr(value, field.name)
+            if field.metadata.get(OPTIONAL) and item == field.default:
+                continue
             pairs = get_type_hints(type(value))[field.name] == Pairs
             plain[field.name] = dict(item) if pairs else _plain(item)
         return plain

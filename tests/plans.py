@@ -91,6 +91,7 @@ sparse_sites = st.builds(
     layout=layouts,
     density=fractions,
     errors=evidences,
+    way=st.sampled_from(["mark", "scope"]),
 )
 dense_sites = st.builds(
     SitePlan,
@@ -100,6 +101,7 @@ dense_sites = st.builds(
     layout=layouts,
     density=st.just(1.0),
     errors=evidences,
+    way=st.sampled_from(["mark", "scope"]),
 )
 trials = st.builds(TrialRecord, name=words, density=fractions, output=fractions, temporal=fractions)
 measured = st.builds(Measured, mean=st.floats(-9, 99), stderr=st.none() | fractions)

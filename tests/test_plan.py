@@ -39,6 +39,17 @@ def test_evidence_stands_on_one_line_each_and_keys_are_sorted() -> None:
     assert top == sorted(field.name for field in dataclasses.fields(Plan))
 
 
+def test_how_a_site_is_reached_is_written_only_where_it_is_not_the_usual_way() -> None:
+    assert '"way"' not in TEXT  # so that plans of earlier versions and new ones read alike
+    first = dataclasses.replace(PLAN.sites[0], way="scope")
+    plan = dataclasses.replace(PLAN, sites=(first, *PLAN.sites[1:]))
+    assert plan.to_json().count('"way": "scope"') == 1
+    assert Plan.from_json(plan.to_json()) == plan
+    assert plan.fingerprint() == PLAN.fingerprint()
+    with pytest.raises(PlanError, match="expected way"):
+        dataclasses.replace(PLAN.sites[0], way="patch")
+
+
 def test_a_failed_save_keeps_the_old_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     PLAN.save(tmp_path / "plan.json")
 

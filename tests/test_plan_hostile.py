@@ -72,6 +72,8 @@ def with_value(path: str, value: Any) -> str:
         (with_value("sites.0.name", "\ud800"), "printable"),
         (with_value("sites.0.name", "x" * 257), "1 to 256 printable"),
         (with_value("sites.0.density", 1.5), r"sites\[0\]: expected density"),
+        (with_value("sites.0.way", "patch"), r"sites\[0\]\.way to be one of mark, scope"),
+        (with_value("sites.0.way", None), r"sites\[0\]\.way to be one of mark, scope"),
         (with_value("sites.1.density", 0.5), "density 1 at a dense site"),
         (with_value("sites.0.density", True), r"density to be a number, got True"),
         (with_value("sites.0.rule.references", 2.0), "references to be an integer, got 2.0"),

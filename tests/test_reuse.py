@@ -21,6 +21,7 @@ from evdit_opt.grid import TokenLayout
 from evdit_opt.masks import Rule
 from evdit_opt.plan import Plan
 from evdit_opt.reuse import STRANGERS, refresh_every, with_reuse
+from tests.models.branching_dit import make_branching, scope_plan
 from tests.models.masked import masked_attention
 from tests.models.toy_dit import GRID, ToyDiT, make_plan, toy_inputs, toy_rules
 
@@ -174,6 +175,18 @@ def test_the_next_video_compiles_nothing_and_takes_no_more_memory() -> None:
         assert len(reusing._generations) == 1
     assert report(model).graphs == graphs
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["in-graph", "outside-graphs"])
+def test_sites_reached_in_scopes_reuse_too(outside: bool) -> None:
+    model, rules = timed_toy(), toy_rules(2)
+    make_branching(model, outside)
+    videos = [conditioning(1), conditioning(2)]
+    right = [expected(model, rules, inputs, "dfuufu", tuple(rules)) for inputs in videos]
+    plan = with_reuse(scope_plan(model, rules), (800.0, 300.0))
+    apply_plan(model, plan, inner="eager")
+    for inputs, wanted in zip(videos, right, strict=True):
+        assert error(sample(model, inputs), wanted) < CLOSE
 
 
 def test_guidance_branches_interleave() -> None:

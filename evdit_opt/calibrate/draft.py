@@ -75,6 +75,7 @@ class Drafter:
             reason=reason,
             layout=SiteLayout(prefix=layout.prefix, suffix=layout.suffix),
             density=1.0 if chosen is None else chosen.density,
+            way="scope" if name in self.survey.scoped else "mark",
             errors=tuple(
                 RuleEvidence(
                     rule=candidate.rule.describe(self.survey.grid.frames),

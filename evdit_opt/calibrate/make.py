@@ -79,7 +79,9 @@ def make_plan(target: object, calib: Iterable[Item], config: Config | None = Non
     if longest < config.min_tokens:
         return drafter.dense(f"{longest} tokens, fewer than min_tokens = {config.min_tokens}")
 
-    errors, dense_runs = record_errors(denoiser, survey.layouts, denoiser.items[:searched], config)
+    errors, dense_runs = record_errors(
+        denoiser, survey.layouts, denoiser.items[:searched], config, survey.scoped
+    )
     found = _search(drafter, errors, dense_runs)
     return _verify(drafter, found, errors, searched) if found.plan.rules else found.plan
 

@@ -1,6 +1,6 @@
 """Run the dense model on calibration items and measure every candidate on what each site sees."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -21,6 +21,7 @@ def record_errors(
     layouts: Mapping[str, TokenLayout],
     items: Sequence[Item],
     config: Config,
+    scoped: Collection[str] = (),
 ) -> tuple[dict[str, tuple[CandidateError, ...]], list[torch.Tensor]]:
     """Dense runs of all items, with every ``config.record_every``-th forward measured.
 
@@ -29,6 +30,7 @@ def record_errors(
         layouts: token layout per site, in model order.
         items: prompts or calls to run; the seed of item n is ``config.seed + n``.
         config: candidates, steps, seed.
+        scoped: the sites of ``layouts`` that are reached in a scope.
 
     Returns:
         Candidate errors per site, and what each dense run returned (see ``Denoiser.run``).
@@ -58,7 +60,7 @@ def record_errors(
         seen[name] += 1
 
     results = []
-    with observe(denoiser.model, tuple(sites), measure):
+    with observe(denoiser.model, tuple(sites), measure, scoped=scoped):
         for index, item in enumerate(track(items, "calibrating", config.progress)):
             results.append(denoiser.run(item, config.seed + index, config.calib_steps))
     unseen = [name for name, site in sites.items() if site.calls == 0]

@@ -29,6 +29,7 @@ class Survey:
         refused: reason per module path, of every attention left alone.
         attentions: all attention calls, in the order they run.
         fullgraph: True if Dynamo captured the model as one graph.
+        scoped: sites that a plan reaches in a scope, not by a mark.
     """
 
     grid: VideoGrid
@@ -38,6 +39,7 @@ class Survey:
     refused: Mapping[str, str]
     attentions: tuple[AttentionSite, ...]
     fullgraph: bool
+    scoped: frozenset[str] = frozenset()
 
 
 def survey_attention(denoiser: Denoiser, grid: VideoGrid | None = None) -> Survey:
@@ -73,4 +75,5 @@ def survey_attention(denoiser: Denoiser, grid: VideoGrid | None = None) -> Surve
         refused={**sites.refused, **inferred.refused},
         attentions=sites.attentions,
         fullgraph=sites.fullgraph,
+        scoped=frozenset(sites.scoped) & set(inferred.layouts),
     )

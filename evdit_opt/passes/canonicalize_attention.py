@@ -9,7 +9,7 @@ from evdit_opt.passes.canonicalize_softmax import canonicalize_softmax
 from evdit_opt.passes.graph import subgraphs
 from evdit_opt.passes.stand_in import StandIn
 
-__all__ = ["canonicalize_attention"]
+__all__ = ["canonicalize_attention", "canonicalize_graph"]
 
 FORMS: tuple[Callable[[fx.Graph], Iterator[StandIn]], ...] = (
     canonicalize_softmax,
@@ -27,4 +27,9 @@ def canonicalize_attention(gm: fx.GraphModule) -> list[StandIn]:
     Returns:
         What stands in for what; hand it to ``settle`` once the sites are rewritten.
     """
-    return [entry for form in FORMS for body in subgraphs(gm) for entry in form(body.graph)]
+    return [entry for body in subgraphs(gm) for entry in canonicalize_graph(body.graph)]
+
+
+def canonicalize_graph(graph: fx.Graph) -> list[StandIn]:
+    """The same for one graph."""
+    return [entry for form in FORMS for entry in form(graph)]

@@ -1,14 +1,14 @@
 """Run a model through a backend of ours for a while: in one graph if it can be, in parts if not."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
-__all__ = ["Capture", "captured", "compile_call", "restore_call"]
+__all__ = ["Capture", "captured", "compile_call", "restore_call", "uncompiled"]
 
 RECOMPILE_LIMIT = 64
 """Graphs per frame: layers sharing a frame need one per distinct rule, times the shapes seen."""
@@ -19,11 +19,12 @@ class Capture:
 
     Attributes:
         fullgraph: True until Dynamo turns out not to trace the model whole.
+        graphs: how many graphs it made.
     """
 
     def __init__(self, model: nn.Module, backend: Callable[..., Any]) -> None:
-        self.fullgraph = True
-        self._model, self._backend = model, backend
+        self.fullgraph, self.graphs = True, 0
+        self._model, self._inner = model, backend
         self._call = self._compile()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -39,6 +40,10 @@ class Capture:
     def _compile(self) -> Callable[..., Any]:
         return compile_call(self._model, self._backend, self.fullgraph, dynamic=False)
 
+    def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.graphs += 1
+        return self._inner(gm, example_inputs)  # type: ignore[no-any-return]
+
 
 @contextmanager
 def captured(model: nn.Module, backend: Callable[..., Any]) -> Iterator[Capture]:
@@ -48,6 +53,17 @@ def captured(model: nn.Module, backend: Callable[..., Any]) -> Iterator[Capture]
     model._compiled_call_impl = capture  # what nn.Module.compile sets
     try:
         yield capture
+    finally:
+        restore_call(model, previous)
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Let every call of ``model`` run eagerly, whatever it was compiled with; undone at the end."""
+    previous = vars(model).get("_compiled_call_impl")
+    model._compiled_call_impl = None
+    try:
+        yield
     finally:
         restore_call(model, previous)
 

@@ -1,17 +1,19 @@
 """Find every attention of a model, and prove by dataflow which are 3D self-attention."""
 
-import re
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
-from evdit_opt.passes.canonicalize_attention import canonicalize_attention
+from evdit_opt.passes.canonicalize_attention import canonicalize_attention, canonicalize_graph
 from evdit_opt.passes.capture import captured
 from evdit_opt.passes.check_attention import mask_kind, unsupported
+from evdit_opt.passes.eager_graph import eager_graph
+from evdit_opt.passes.find_split_sites import find_split_sites
 from evdit_opt.passes.graph import (
     LEFT_ALONE,
     REPLACED,
@@ -25,10 +27,11 @@ from evdit_opt.passes.graph import (
     value_of,
     walk_back,
 )
+from evdit_opt.passes.site_mark import Way
 from evdit_opt.passes.trace_origin import Origin, common_origin, is_parameter, trace_origin
 from evdit_opt.passes.video_input import video_input
 
-__all__ = ["AttentionSite", "Sites", "classify", "find_attention"]
+__all__ = ["AttentionSite", "Sites", "classify", "classify_eager", "find_attention"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,7 @@ class AttentionSite:
         head_dim: size of a head; 0 if it is not known.
         causal: True if causal.
         mask_kind: "none", "key padding" (kept) or "other" (refused).
+        way: how a plan reaches it: by a mark, or in a scope; see ``passes.scopes``.
     """
 
     name: str
@@ -61,6 +65,7 @@ class AttentionSite:
     head_dim: int
     causal: bool
     mask_kind: str
+    way: Way = "mark"
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,12 @@ class Sites:
         return tuple(dict.fromkeys(found.name for found in self.attentions if found.is_site))
 
     @property
+    def scoped(self) -> tuple[str, ...]:
+        """Module paths of the sites that are reached in a scope."""
+        scoped = (found.name for found in self.attentions if found.is_site and found.way == "scope")
+        return tuple(dict.fromkeys(scoped))
+
+    @property
     def refused(self) -> dict[str, str]:
         """The reason of every attention that is not a site."""
         return {found.name: found.reason for found in self.attentions if not found.is_site}
@@ -91,8 +102,8 @@ class Sites:
 def find_attention(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sites:
     """Capture one real call of ``model`` and classify every attention in it.
 
-    Where Dynamo breaks the graph, layers can share one: modules named and built like a site count
-    as sites too then. ``infer_layout`` looks at each of them.
+    Where Dynamo breaks the graph, layers can share one, and what feeds an attention can lie in
+    another: the proof is then read off a recording of an eager call.
 
     Args:
         model: the denoiser, dense.
@@ -102,11 +113,8 @@ def find_attention(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
     names = {id(module): name for name, module in model.named_modules()}
     video = video_input(model, args, kwargs)
     found: list[AttentionSite] = []
-    graphs = 0
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        nonlocal graphs
-        graphs += 1
         canonical = copy_graph(gm)
         canonicalize_attention(canonical)
         inputs = zip(canonical.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
@@ -117,10 +125,30 @@ def find_attention(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
 
     with torch.no_grad(), captured(model, backend) as capture:
         model(*args, **kwargs)
-    checked = [_require_callable(site, model) for site in found]
     if not capture.fullgraph:
-        checked += _siblings(checked, model)
-    return Sites(tuple(checked), capture.fullgraph, graphs)
+        found = classify_eager(model, args, kwargs)
+    checked = tuple(_require_callable(site, model) for site in found)
+    sites = Sites(checked, capture.fullgraph, capture.graphs)
+    if sites.fullgraph or not sites.names:
+        return sites
+    split = find_split_sites(model, sites.names, args, kwargs)
+    ways = tuple(_choose_way(site, split, checked) for site in checked)
+    return replace(sites, attentions=ways)
+
+
+def classify_eager(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[AttentionSite]:
+    """Describe every attention of one eager call, for models that Dynamo captures in parts."""
+    names = {id(module): name for name, module in model.named_modules()}
+    video = video_input(model, args, kwargs)
+    graph = eager_graph(model, args, kwargs)
+    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    # Placeholders of the call come first, in the order of its arguments.
+    inputs = zip(graph.find_nodes(op="placeholder"), given, strict=False)
+    videos = {node for node, value in inputs if value is video.tensor}
+    canonicalize_graph(graph)
+    return classify(graph, names, video.batch, videos)
 
 
 def classify(
@@ -240,19 +268,23 @@ def _require_callable(site: AttentionSite, model: nn.Module) -> AttentionSite:
     return replace(site, is_site=False, reason="no single module projects its q, k and v")
 
 
-def _siblings(found: Sequence[AttentionSite], model: nn.Module) -> list[AttentionSite]:
-    known = {site.name for site in found}
-    patterns = {
-        (re.sub(r"\d+", "#", site.name), type(model.get_submodule(site.name))): site
-        for site in found
-        if site.is_site
-    }
-    siblings = []
-    for name, module in model.named_modules():
-        like = patterns.get((re.sub(r"\d+", "#", name), type(module)))
-        if like is not None and name not in known:
-            siblings.append(replace(like, name=name, reason=f"built like {like.name}"))
-    return siblings
+def _choose_way(
+    site: AttentionSite, split: Collection[str], all_found: Sequence[AttentionSite]
+) -> AttentionSite:
+    if not site.is_site or site.name not in split:
+        return site
+    inside = [
+        other.name
+        for other in all_found
+        if not other.is_site and f"{other.name}.".startswith(f"{site.name}.")
+    ]
+    if inside:
+        reason = (
+            "Dynamo breaks the graph between its projections and its attention, and its module "
+            f"holds another attention ({inside[0]})"
+        )
+        return replace(site, is_site=False, reason=reason)
+    return replace(site, way="scope")
 
 
 def _leave_flex(node: fx.Node, names: Mapping[int, str] | None) -> AttentionSite:

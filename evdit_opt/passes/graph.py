@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ __all__ = [
     "SDPA",
     "Attention",
     "attention_calls",
+    "bind_attention",
     "copy_graph",
     "insert_call",
     "is_attention",
@@ -49,10 +50,10 @@ REPLACED = "evdit_replaced"
 class Attention(NamedTuple):
     """The arguments of one SDPA call, wherever the model put them (positional or keyword)."""
 
-    q: fx.Node
-    k: fx.Node
-    v: fx.Node
-    attn_mask: fx.Node | None = None
+    q: Any
+    k: Any
+    v: Any
+    attn_mask: Any = None
     dropout_p: float = 0.0
     is_causal: bool = False
     scale: float | None = None
@@ -67,10 +68,14 @@ def attention_calls(graph: fx.Graph) -> list[fx.Node]:
 
 def read_attention(node: fx.Node) -> Attention:
     """The arguments of the SDPA call ``node``."""
-    names = ("q", "k", "v", "attn_mask", "dropout_p", "is_causal")
+    return bind_attention(node.args, node.kwargs)
+
+
+def bind_attention(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Attention:
+    """The arguments of an SDPA call: nodes of a graph, or tensors."""
     spelled = {"query": "q", "key": "k", "value": "v"}
-    keywords = {spelled.get(name, name): value for name, value in node.kwargs.items()}
-    return Attention(**dict(zip(names, node.args, strict=False)), **keywords)  # type: ignore[arg-type]
+    keywords = {spelled.get(name, name): value for name, value in kwargs.items()}
+    return Attention(*args, **keywords)
 
 
 def subgraphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:

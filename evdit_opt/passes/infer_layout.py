@@ -85,7 +85,7 @@ def infer_layout(
     video = video_input(model, args, kwargs)
     tried = []
     probed: list[InferredLayout] = []
-    with _probing(model, sites.names, arguments, video) as look:
+    with _probing(model, sites, arguments, video) as look:
         for source in grid_sources(model, video, arguments, grid):
             found = source.read(arguments) if _fits(source, arguments) else None
             if found is None or (grid is not None and found != grid):
@@ -136,9 +136,10 @@ def _token(grid: VideoGrid, corner: tuple[int, int, int]) -> int:
 
 @contextmanager
 def _probing(
-    model: nn.Module, names: Sequence[str], arguments: Mapping[str, Any], video: VideoInput
+    model: nn.Module, sites: Sites, arguments: Mapping[str, Any], video: VideoInput
 ) -> Iterator[Callable[[GridSource, VideoGrid], _Seen]]:
     """Capture the model once, with all attention muted, to try several readings on it."""
+    names = sites.names
     sketches: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def keep(name: str, q: Tensor, *_: Any) -> None:
@@ -162,7 +163,7 @@ def _probing(
                 moved[name].append(_moved(base[name], sketch))
         return _Seen(lengths, moved)
 
-    with torch.no_grad(), observe(model, names, keep, mute=True):
+    with torch.no_grad(), observe(model, names, keep, scoped=sites.scoped, mute=True):
         yield look
 
 

@@ -9,7 +9,7 @@ from torch import fx
 from evdit_opt.errors import LayoutError, PlanMismatchError
 from evdit_opt.grid import VideoGrid
 from evdit_opt.passes.graph import attention_calls, layer_fqn, read_attention, value_of
-from evdit_opt.passes.marks import MARK, SiteSpec
+from evdit_opt.passes.site_mark import MARK, SiteSpec
 from evdit_opt.passes.trace_origin import common_origin, is_parameter, trace_origin
 
 if TYPE_CHECKING:

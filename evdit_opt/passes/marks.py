@@ -6,120 +6,72 @@ that share one compiled graph never share a mask. A pass always takes the mark o
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from evdit_opt.errors import PlanMismatchError
-from evdit_opt.masks import Rule
 from evdit_opt.passes.grid_source import GridSource
+from evdit_opt.passes.site_mark import MARK, MarkFacts
 
-__all__ = [
-    "MARK",
-    "MODES",
-    "LiveGrid",
-    "RootMark",
-    "SiteMark",
-    "SiteSpec",
-    "add_marks",
-    "mark_op",
-    "remove_mark",
-]
+__all__ = ["LiveGrid", "RootMark", "SiteMark", "add_marks", "site_modules"]
 
 
-@dataclass(frozen=True)
-class SiteSpec:
-    """What a mark says about its site, as one string that Dynamo compares as a whole.
+class LiveGrid:
+    """The grid of the forward that is running, one per thread, and what its step asks of the sites.
+
+    Threads of PyTorch's own, which recompute checkpointed layers, run no forward: they get the grid
+    of the last one.
 
     Attributes:
-        rule: the rule to apply.
-        prefix: text tokens before the video, as calibrated.
-        suffix: text tokens after the video, as calibrated.
-        min_tokens: sequence length below which the site stays dense.
+        mode: what the step asks of the sites that reuse, one of :data:`MODES`.
     """
 
-    rule: Rule
-    prefix: int = 0
-    suffix: int = 0
-    min_tokens: int = 0
+    def __init__(self) -> None:
+        self.here = threading.local()
+        self.last_frames = self.last_tokens = 0
+        self.mode = "sparse"
 
-    def encode(self) -> str:
-        """The string; integers would turn symbolic once two layers sharing a graph differ."""
-        rule = self.rule
-        parts = (rule.references, rule.window, rule.weighting, rule.spacing)
-        return " ".join(map(str, (*parts, self.prefix, self.suffix, self.min_tokens)))
+    def start(self, frames: int, tokens_per_frame: int) -> None:
+        """A forward begins on this thread."""
+        self.here.running = True
+        self.here.frames = self.last_frames = frames
+        self.here.tokens = self.last_tokens = tokens_per_frame
 
-    @classmethod
-    def decode(cls, text: str) -> "SiteSpec":
-        """Inverse of :meth:`encode`."""
-        references, window, weighting, spacing, prefix, suffix, min_tokens = text.split(" ")
-        rule = Rule(int(references), int(window), weighting, spacing)  # type: ignore[arg-type]
-        return cls(rule, int(prefix), int(suffix), int(min_tokens))
+    def stop(self) -> None:
+        """The forward on this thread is over."""
+        self.here.running = False
 
+    @property
+    def running(self) -> bool:
+        """True within a forward on this thread, and in recomputation for a backward."""
+        backward = torch._C._current_graph_task_id() != -1
+        return backward or getattr(self.here, "running", False)
 
-@torch.library.custom_op(
-    "evdit::mark",
-    mutates_args=(),
-    schema="(Tensor x, str spec, SymInt frames, SymInt tokens_per_frame, Tensor? index, str mode, "
-    "Tensor? residual) -> Tensor",
-)
-def mark_op(
-    x: Tensor,
-    spec: str,
-    frames: int,
-    tokens_per_frame: int,
-    index: Tensor | None,
-    mode: str,
-    residual: Tensor | None,
-) -> Tensor:
-    """``x``, marked as the hidden states of a site; exists in graphs only, never runs.
+    def read(self) -> tuple[int, int]:
+        """Frames and tokens per frame; zeros if there was no forward."""
+        frames = getattr(self.here, "frames", self.last_frames)
+        return frames, getattr(self.here, "tokens", self.last_tokens)
 
-    Args:
-        x: ``[batch, seq, channels]``, the input of the site's module.
-        spec: ``SiteSpec.encode()``; empty while observing.
-        frames: latent frames of this forward.
-        tokens_per_frame: tokens of a frame in this forward.
-        index: 0-d integer, number of the site; only while observing.
-        mode: what the site does in this step, one of :data:`MODES`.
-        residual: what the site keeps from a refresh to the next, like the attention's output; only
-            in the modes "refresh" and "reuse".
-    """
-    raise PlanMismatchError(
-        "expected the evdit backend to compile this graph, another backend did: a site mark was "
-        "left in it. Call the model that apply_plan was given, do not compile it or its parts again"
-    )
-
-
-@mark_op.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x)
-
-
-MARK = torch.ops.evdit.mark.default
-
-MODES = ("sparse", "dense", "refresh", "reuse")
-"""What a site does in a step: its mask; dense attention; dense attention, keeping what the mask
-would have dropped (the residual); its mask plus the residual."""
-
-
-@dataclass
-class LiveGrid:
-    """The grid of the forward that is running, and what its step asks of the sites that reuse."""
-
-    frames: int = 0
-    tokens_per_frame: int = 0
-    mode: str = "sparse"
+    def __reduce__(self) -> tuple[type["LiveGrid"], tuple[()]]:
+        return LiveGrid, ()  # a copy of a model runs forwards of its own
 
 
 @dataclass
 class SiteMark:
-    """What hangs on a site's module: its name, and the arguments of its mark.
+    """What hangs on a site's module.
 
     Attributes:
+        name: the module's path.
+        spec: encoded :class:`SiteSpec`; empty while observing.
+        live: where the grid of the running forward is found.
+        index: number of the site; only while observing.
+        attend: does the work of an SDPA that runs outside all graphs; see ``scopes``.
         reuses: whether the step's mode is the site's too; else it is always "sparse", but in
             dense steps.
         residual: as in the mark; set before every forward of a model that reuses.
@@ -129,6 +81,7 @@ class SiteMark:
     spec: str
     live: LiveGrid
     index: Tensor | None = None
+    attend: Callable[..., Tensor] | None = None
     reuses: bool = False
     residual: Tensor | None = None
 
@@ -136,6 +89,12 @@ class SiteMark:
     def mode(self) -> str:
         """One of :data:`MODES`."""
         return self.live.mode if self.reuses or self.live.mode == "dense" else "sparse"
+
+    @property
+    def facts(self) -> "MarkFacts":
+        """What the mark of this forward says."""
+        residual = self.residual if self.mode in ("refresh", "reuse") else None
+        return MarkFacts(self.spec, *self.live.read(), self.index, self.mode, residual)
 
 
 @dataclass
@@ -170,7 +129,7 @@ def add_marks(
     model: nn.Module,
     specs: Mapping[str, str],
     source: GridSource | None,
-    indices: Sequence[Tensor] | None = None,
+    indices: Mapping[str, Tensor] | None = None,
 ) -> RootMark:
     """Hook the sites of ``model``; the caller keeps the result as ``model._evdit`` for the hooks.
 
@@ -183,20 +142,14 @@ def add_marks(
     Raises:
         PlanMismatchError: naming the paths the model has no module at.
     """
-    modules = dict(model.named_modules())
-    missing = [name for name in specs if name not in modules]
-    if missing:
-        raise PlanMismatchError(
-            f"expected the sites {', '.join(missing)} in this {type(model).__name__}, found no "
-            "such modules; load the plan of this model or make one with evdit_opt.make_plan"
-        )
+    modules = site_modules(model, specs)
     parameters = tuple(inspect.signature(model.forward).parameters)
     root = RootMark(source, parameters, LiveGrid())
     if source is not None:
         root.handles.append(model.register_forward_pre_hook(_read_grid, with_kwargs=True))
-    for number, (name, spec) in enumerate(specs.items()):
+    for name, spec in specs.items():
         module = modules[name]
-        index = None if indices is None else indices[number]
+        index = None if indices is None else indices[name]
         module._evdit_site = SiteMark(name, spec, root.live, index)  # type: ignore[assignment]
         handle = module.register_forward_pre_hook(_mark_input, with_kwargs=True)
         root.handles.append(handle)
@@ -204,12 +157,20 @@ def add_marks(
     return root
 
 
-def remove_mark(mark: fx.Node) -> None:
-    """Let what it marked take the place of a mark in its graph."""
-    marked = mark.args[0]
-    assert isinstance(marked, fx.Node)
-    mark.replace_all_uses_with(marked)
-    mark.graph.erase_node(mark)
+def site_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The modules at the given paths.
+
+    Raises:
+        PlanMismatchError: naming the paths the model has no module at.
+    """
+    modules = dict(model.named_modules())
+    missing = [name for name in names if name not in modules]
+    if missing:
+        raise PlanMismatchError(
+            f"expected the sites {', '.join(missing)} in this {type(model).__name__}, found no "
+            "such modules; load the plan of this model or make one with evdit_opt.make_plan"
+        )
+    return {name: modules[name] for name in names}
 
 
 def _read_grid(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -217,8 +178,7 @@ def _read_grid(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     arguments = dict(zip(root.parameters, args, strict=False))
     arguments.update(kwargs)
     frames, height, width = root.source.sizes(arguments)
-    root.live.frames = frames
-    root.live.tokens_per_frame = height * width
+    root.live.start(frames, height * width)
 
 
 def _mark_input(
@@ -234,10 +194,7 @@ def _mark_input(
             "parts; if it is a copy of an optimized model, restore it and apply the plan to it; if "
             "Dynamo hit its recompile limit, use fewer shapes or fewer distinct rules"
         )
-    live = site.live
-    mode = site.mode
-    residual = site.residual if mode in ("refresh", "reuse") else None
-    facts = (site.spec, live.frames, live.tokens_per_frame, site.index, mode, residual)
+    facts = site.facts
     if "hidden_states" in kwargs:
         return args, {**kwargs, "hidden_states": MARK(kwargs["hidden_states"], *facts)}
     return (MARK(args[0], *facts), *args[1:]), kwargs

@@ -1,23 +1,30 @@
 """Show q, k and v of every site to a callback, without changing what the model computes."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from evdit_opt.errors import AlreadyOptimizedError
 from evdit_opt.passes.canonicalize_attention import canonicalize_attention
-from evdit_opt.passes.capture import Capture, captured
+from evdit_opt.passes.capture import captured, uncompiled
 from evdit_opt.passes.graph import (
     LEFT_ALONE,
+    SDPA,
+    Attention,
     attention_calls,
+    bind_attention,
     copy_graph,
     read_attention,
     subgraphs,
 )
-from evdit_opt.passes.marks import add_marks, remove_mark
+from evdit_opt.passes.marks import SiteMark, add_marks
+from evdit_opt.passes.scopes import add_scopes, dense
+from evdit_opt.passes.site_mark import MarkFacts, facts_of, remove_mark
 from evdit_opt.passes.stand_in import settle
 from evdit_opt.passes.swap_attention import match_marks
 
@@ -31,17 +38,27 @@ Record = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None, Tensor],
 
 @contextmanager
 def observe(
-    model: nn.Module, site_names: Sequence[str], callback: Callback, *, mute: bool = False
-) -> Iterator[Capture]:
+    model: nn.Module,
+    site_names: Sequence[str],
+    callback: Callback,
+    *,
+    scoped: Collection[str] = (),
+    mute: bool = False,
+) -> Iterator[None]:
     """While active, every attention call of the sites goes through ``callback`` first.
 
+    The sites are reached as a plan reaches them: by marks in Dynamo's graphs, which run
+    uncompiled, or in scopes. Where all are scoped, the model runs eagerly.
+
     Args:
-        model: the denoiser; call it as usual. Its graph runs uncompiled.
+        model: the denoiser; call it as usual.
         site_names: module paths. A site that never calls back has an attention that is not made
             from its module's own hidden states.
         callback: called outside autograd, once per attention call (some models loop over the
             batch).
-        mute: replace the output of every attention by zeros, so that tokens do not mix.
+        scoped: those of ``site_names`` that are reached in a scope.
+        mute: replace the output of every attention by zeros, so that tokens do not mix. Beside
+            marked sites, attentions that are no site and run outside all graphs are not muted.
 
     Raises:
         AlreadyOptimizedError: if a plan is applied.
@@ -68,16 +85,49 @@ def observe(
             mute_attention(gm)
         settle(stand_ins)
         gm.recompile()
-        return gm.forward  # type: ignore[no-any-return]
+        return functools.partial(_run_traced, gm.forward)
+
+    def attend(_site: SiteMark, attention: Attention, facts: MarkFacts) -> Tensor:
+        q, k, v, mask, *_ = attention
+        record(q, k, v, mask, attention.scale, facts.index)
+        return _silence(q, v) if mute else dense(attention)
 
     # Tensors, not numbers: layers that share one compiled graph are told apart while it runs.
-    indices = [torch.tensor(index) for index in range(len(site_names))]
-    marks = add_marks(model, dict.fromkeys(site_names, ""), None, indices)
-    try:
-        with captured(model, backend) as capture:
-            yield capture
-    finally:
-        marks.remove()
+    indices = {name: torch.tensor(number) for number, name in enumerate(site_names)}
+    marked = [name for name in site_names if name not in scoped]
+    marks = add_marks(model, dict.fromkeys(marked, ""), None, indices)
+    with ExitStack() as stack:
+        stack.callback(marks.remove)
+        add_scopes(model, marks, dict.fromkeys(scoped, ""), attend, indices)
+        for way in _run(model, backend, graphs=bool(marked) or not scoped, mute=mute):
+            stack.enter_context(way)
+        yield
+
+
+def _run(
+    model: nn.Module, backend: Callable[..., Any], graphs: bool, mute: bool
+) -> list[AbstractContextManager[Any]]:
+    if graphs:
+        return [captured(model, backend)]
+    return [uncompiled(model), *([_Mute()] if mute else [])]
+
+
+def _run_traced(forward: Callable[..., Any], *args: Any) -> Any:
+    # Dynamo has put into the graph what modes do; a scope must not see the same attention twice.
+    with torch._C.DisableTorchFunction():
+        return forward(*args)
+
+
+class _Mute(TorchFunctionMode):
+    """Eager attention returns zeros."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is SDPA:
+            attention = bind_attention(args, kwargs or {})
+            return _silence(attention.q, attention.v)
+        return func(*args, **(kwargs or {}))
 
 
 def observe_attention(gm: fx.GraphModule, record: Record) -> None:
@@ -91,8 +141,8 @@ def observe_attention(gm: fx.GraphModule, record: Record) -> None:
     for body in subgraphs(gm):
         for mark, calls in match_marks(body.graph):
             for call in calls:
-                seen = read_attention(call)
-                arguments = (seen.q, seen.k, seen.v, seen.attn_mask, seen.scale, mark.args[4])
+                q, k, v, attn_mask, _, _, scale, _ = read_attention(call)
+                arguments = (q, k, v, attn_mask, scale, facts_of(mark).index)
                 with body.graph.inserting_before(call):
                     body.graph.call_function(record, arguments)
             remove_mark(mark)

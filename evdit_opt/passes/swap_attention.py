@@ -2,17 +2,13 @@
 
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from evdit_opt.errors import PlanMismatchError
-from evdit_opt.masks import Rule
-from evdit_opt.passes.check_attention import unsupported
+from evdit_opt.passes.decide_site import SiteOutcome, decide
 from evdit_opt.passes.graph import (
-    Attention,
     attention_calls,
     insert_call,
     is_attention,
@@ -22,31 +18,17 @@ from evdit_opt.passes.graph import (
     value_of,
     walk_back,
 )
-from evdit_opt.passes.marks import MARK, SiteSpec, remove_mark
+from evdit_opt.passes.site_mark import MARK, MARKS, SiteSpec, facts_of, remove_mark
 from evdit_opt.passes.text_tokens import text_tokens
 
-__all__ = ["ResidualMissing", "SiteOutcome", "match_marks", "swap_attention"]
-
-
-@dataclass(frozen=True)
-class SiteOutcome:
-    """What became of a site in one compiled graph.
-
-    Attributes:
-        name: module path of the site.
-        rule: the rule asked for; None: the plan leaves the site dense.
-        density: kept / all tiles; 1 if it stayed dense.
-        reason: why it stayed dense; empty if it was rewritten.
-    """
-
-    name: str
-    rule: Rule | None
-    density: float
-    reason: str = ""
+__all__ = ["ResidualMissing", "match_marks", "swap_attention"]
 
 
 def swap_attention(
-    gm: fx.GraphModule, names: Mapping[int, str] | None, impl: str
+    gm: fx.GraphModule,
+    names: Mapping[int, str] | None,
+    impl: str,
+    sharing: Mapping[str, str] | None = None,
 ) -> list[SiteOutcome]:
     """Replace the attention of every marked site, and take the marks out.
 
@@ -71,6 +53,7 @@ def swap_attention(
         gm: Dynamo's graph; edited in place, subgraphs included.
         names: ``id(module) -> path`` of the model, for messages.
         impl: implementation of the operator.
+        sharing: encoded spec -> the sites that have it, for marks whose layer Dynamo lost.
 
     Raises:
         PlanMismatchError: if a mark has no attention it could be applied to; names the site.
@@ -83,7 +66,8 @@ def swap_attention(
     missing: dict[str, Tensor] = {}
     for body in subgraphs(gm):
         for mark, calls in match_marks(body.graph):
-            name = layer_fqn(mark, names) or "a site whose name Dynamo lost"
+            spec = facts_of(mark).spec
+            name = layer_fqn(mark, names) or (sharing or {}).get(spec) or "a site without a name"
             if not calls:
                 raise PlanMismatchError(_nothing_to_rewrite(name, body.graph))
             if not _has_residual(mark, calls, name):
@@ -113,22 +97,22 @@ class ResidualMissing(Exception):
 
 
 def _has_residual(mark: fx.Node, calls: list[fx.Node], name: str) -> bool:
-    residual = mark.args[6]
-    if mark.args[5] not in ("refresh", "reuse"):
+    facts = facts_of(mark)
+    if facts.mode not in ("refresh", "reuse"):
         return True
     if len(calls) > 1:
         raise PlanMismatchError(
             f"expected {name} to call its attention once a forward to keep a residual, it does so "
             f"{len(calls)} times; take the site out of the plan's reuse"
         )
-    wanted, got = value_of(calls[0]), value_of(residual)
+    wanted, got = value_of(calls[0]), value_of(facts.residual)
     return (got.shape, got.device) == (wanted.shape, wanted.device)
 
 
 def match_marks(graph: fx.Graph) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
     """Every mark of ``graph`` with the SDPA calls that are its own, in graph order."""
     own: dict[fx.Node, list[fx.Node]] = {
-        mark: [] for mark in graph.find_nodes(op="call_function", target=MARK)
+        node: [] for node in graph.nodes if node.op == "call_function" and node.target in MARKS
     }
     if own:
         for call in attention_calls(graph):
@@ -141,9 +125,9 @@ def match_marks(graph: fx.Graph) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
 
 def _marks_behind(node: fx.Node) -> set[fx.Node]:
     def stop(seen: fx.Node) -> bool:
-        return seen.target is MARK or is_attention(seen)
+        return seen.target in MARKS or is_attention(seen)
 
-    return {found for found in walk_back([node], stop) if found.target is MARK}
+    return {found for found in walk_back([node], stop) if found.target in MARKS}
 
 
 def _nothing_to_rewrite(name: str, graph: fx.Graph) -> str:
@@ -157,31 +141,21 @@ def _nothing_to_rewrite(name: str, graph: fx.Graph) -> str:
 
 
 def _rewrite(call: fx.Node, mark: fx.Node, name: str, impl: str) -> SiteOutcome:
-    spec = SiteSpec.decode(mark.args[1])  # type: ignore[arg-type]
+    facts = facts_of(mark)
+    spec = SiteSpec.decode(facts.spec)
     # The structure of the mask is static: a symbolic frame count is guarded to this value here.
-    frames = int(value_of(mark.args[2]))
+    frames, tokens = int(value_of(facts.frames)), facts.tokens_per_frame
     attention = read_attention(call)
-    problem = unsupported(attention)
-    if problem:
-        raise PlanMismatchError(
-            f"expected at {name} an attention that can be made sparse, got {problem}; set this "
-            "site's rule to null in the plan to leave it dense"
-        )
-    mask = spec.rule.mask(frames)
-    reason = _too_short(attention, frames, mark.args[3], spec.min_tokens)
-    if mask.is_dense:
-        reason = f"rule {spec.rule.describe()} keeps every tile of {frames} frames"
-    if reason:
-        return SiteOutcome(name, spec.rule, 1.0, reason)
+    decision = decide(attention, spec, frames, value_of(tokens), name, facts.mode)
+    outcome = decision.outcome(name, spec, "mark" if mark.target is MARK else "scope")
+    if decision.reason:
+        return outcome
 
-    mode, residual = mark.args[5], mark.args[6]
-    if mode == "dense":
-        return SiteOutcome(name, spec.rule, 1.0, "this noise level is dense in the plan")
     graph = call.graph
-    intervals, log_weights = mask.segments()
+    intervals, log_weights = decision.mask.segments()
     target = torch.ops.evdit.tile_attention.default
     with graph.inserting_before(call):
-        prefix, suffix = text_tokens(graph, attention.q, frames, mark.args[3], spec, name)
+        prefix, suffix = text_tokens(graph, attention.q, frames, tokens, spec, name)
         arguments = (
             attention.q,
             attention.k,
@@ -190,7 +164,7 @@ def _rewrite(call: fx.Node, mark: fx.Node, name: str, impl: str) -> SiteOutcome:
             list(intervals),
             list(log_weights),
             frames,
-            mark.args[3],
+            tokens,
             prefix,
             suffix,
             attention.scale,
@@ -198,22 +172,13 @@ def _rewrite(call: fx.Node, mark: fx.Node, name: str, impl: str) -> SiteOutcome:
         )
         both = insert_call(graph, target, arguments, call)
         out = insert_call(graph, operator.getitem, (both, 0), call)
-        if mode == "reuse":
-            out = insert_call(graph, operator.add, (out, residual), call)
-    if mode == "refresh":
+        if facts.mode == "reuse":
+            out = insert_call(graph, operator.add, (out, facts.residual), call)
+    if facts.mode == "refresh":
         with graph.inserting_before(call.next):
             dropped = insert_call(graph, operator.sub, (call, out), call)
-            insert_call(graph, torch.ops.aten.copy_.default, (residual, dropped), call)
+            insert_call(graph, torch.ops.aten.copy_.default, (facts.residual, dropped), call)
     else:
         call.replace_all_uses_with(out)
         graph.erase_node(call)
-    return SiteOutcome(name, spec.rule, mask.density)
-
-
-def _too_short(attention: Attention, frames: int, tokens: Any, min_tokens: int) -> str:
-    length = value_of(attention.q).shape[2]
-    if isinstance(length, torch.SymInt) and not length.node.has_hint():
-        length = frames * value_of(tokens)  # text of a length known only at run time is not counted
-    if length < min_tokens:
-        return f"{int(length)} tokens, the plan is for at least {min_tokens}"
-    return ""
+    return outcome

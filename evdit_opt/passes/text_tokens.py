@@ -16,7 +16,7 @@ from evdit_opt.passes.graph import (
     value_of,
     walk_back,
 )
-from evdit_opt.passes.marks import SiteSpec
+from evdit_opt.passes.site_mark import SiteSpec
 from evdit_opt.passes.trace_origin import projected
 
 __all__ = ["text_tokens"]

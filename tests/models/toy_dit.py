@@ -1,7 +1,7 @@
 """A video transformer of a few lines, quick to trace, for what does not depend on a real model."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +93,7 @@ def make_plan(
     layouts: Mapping[str, TokenLayout] | None = None,
     min_tokens: int = 0,
     fullgraph: bool = True,
+    way: Literal["mark", "scope"] = "mark",
 ) -> Plan:
     """A plan that says what a test wants; nothing was calibrated."""
     usual = TokenLayout(grid, prefix, suffix)
@@ -106,6 +107,7 @@ def make_plan(
                 prefix=layouts.get(name, usual).prefix, suffix=layouts.get(name, usual).suffix
             ),
             density=1.0 if rule is None else 0.5,
+            way=way,
         )
         for name, rule in rules.items()
     )

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.node import map_arg
 
 from evdit_opt.passes.graph import value_of
-from evdit_opt.passes.marks import MARK, SiteSpec
+from evdit_opt.passes.site_mark import MARK, SiteSpec
 
 
 class GraphBuilder:

@@ -1,30 +1,16 @@
 """The mark itself and its hooks; what they are for is tested in tests/test_apply.py."""
 
+import copy
+import threading
+
 import pytest
 import torch
 
 from evdit_opt.errors import PlanMismatchError
 from evdit_opt.masks import Rule
-from evdit_opt.passes.marks import MARK, SiteSpec, add_marks
+from evdit_opt.passes.marks import LiveGrid, add_marks
+from evdit_opt.passes.site_mark import SiteSpec
 from tests.models.toy_dit import toy, toy_inputs
-
-
-@pytest.mark.parametrize(
-    "spec",
-    [
-        SiteSpec(Rule()),
-        SiteSpec(Rule(0, 3, "none", "paper"), 226, 0, 4096),
-        SiteSpec(Rule(3, 2, "balanced", "centred"), 5, 77, 1000),
-    ],
-    ids=["default", "window", "everything"],
-)
-def test_a_spec_survives_its_string(spec: SiteSpec) -> None:
-    assert SiteSpec.decode(spec.encode()) == spec
-
-
-def test_a_mark_that_runs_is_an_error() -> None:
-    with pytest.raises(PlanMismatchError, match="a site mark was left in it"):
-        MARK(torch.ones(1, 2, 3), SiteSpec(Rule()).encode(), 2, 1, None, "sparse", None)
 
 
 def test_another_backend_does_not_silently_drop_a_mark() -> None:
@@ -41,3 +27,23 @@ def test_unknown_modules_are_named_and_nothing_is_hooked() -> None:
     with pytest.raises(PlanMismatchError, match=r"blocks\.4\.attn1"):
         add_marks(model, {"blocks.0.attn1": "", "blocks.4.attn1": ""}, None)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_each_thread_has_its_forward_and_threads_without_one_the_last() -> None:
+    live = LiveGrid()
+    live.start(3, 20)
+    seen = []
+
+    def forward() -> None:
+        live.start(5, 12)
+        seen.append((live.read(), live.running))
+        live.stop()
+        seen.append((live.read(), live.running))
+
+    for work in (forward, lambda: seen.append((live.read(), live.running))):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert seen == [((5, 12), True), ((5, 12), False), ((5, 12), False)]
+    assert (live.read(), live.running) == ((3, 20), True)
+    assert copy.deepcopy(live).read() == (0, 0)

@@ -5,7 +5,7 @@ import torch
 
 from evdit_opt.errors import LayoutError, PlanMismatchError
 from evdit_opt.masks import Rule
-from evdit_opt.passes.marks import SiteSpec
+from evdit_opt.passes.site_mark import SiteSpec
 from evdit_opt.passes.swap_attention import swap_attention
 from tests.passes.graph_builder import GraphBuilder, calls
 

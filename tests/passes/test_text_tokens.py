@@ -7,7 +7,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from evdit_opt.errors import LayoutError
 from evdit_opt.masks import Rule
-from evdit_opt.passes.marks import SiteSpec
+from evdit_opt.passes.site_mark import SiteSpec
 from evdit_opt.passes.text_tokens import text_tokens
 from tests.passes.graph_builder import GraphBuilder
 
