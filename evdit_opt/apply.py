@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from evdit_opt.backend import Inner, Options, compile_graph
 from evdit_opt.errors import AlreadyOptimizedError, PlanMismatchError, UnsupportedInputError
+from evdit_opt.kernels import autotune
 from evdit_opt.passes.capture import compile_call, restore_call
 from evdit_opt.passes.marks import RootMark, SiteSpec, add_marks
 from evdit_opt.passes.swap_attention import SiteOutcome
@@ -135,7 +136,14 @@ def report(model: nn.Module) -> Report:
         sites.append(
             planned_dense if site.rule is None else applied.compiled.get(site.name, waiting)
         )
-    return Report(tuple(sites), applied.graphs, applied.inner, applied.impl)
+    choices = autotune.choices() if applied.impl == "auto" else ()
+    return Report(
+        tuple(sites),
+        applied.graphs,
+        applied.inner,
+        applied.impl,
+        tuple(choice.describe() for choice in choices),
+    )
 
 
 class _Backend:
