@@ -26,8 +26,10 @@ __all__ = ["Choice", "cache_folder", "choices", "choose", "remembered"]
 
 logger = logging.getLogger(__name__)
 
-ROUNDS = 3
-# Whoever took this many times as long as the fastest in the first round is out.
+# Short calls, which differ by little, are timed more often: as long as it takes no time.
+ROUNDS, MAX_ROUNDS = 3, 20
+SHORT_SECONDS = 0.1
+# After so much time, whoever took this many times as long as the fastest is out.
 GIVE_UP = 3.0
 # No further round is begun after this many seconds: calls this long differ by more than the noise.
 BUDGET_SECONDS = 1.0
@@ -123,10 +125,15 @@ def _measure(
     # The run above has compiled and warmed up; it only counts if there is no time for another.
     if device.type == "cpu" and time.perf_counter() - begin > BUDGET_SECONDS:
         return best
+    warm = time.perf_counter()
     best = {name: _milliseconds(candidates[name], device) for name in best}
-    alive = [name for name, ms in best.items() if ms <= GIVE_UP * min(best.values())]
-    for _ in range(ROUNDS - 1):
-        if len(alive) == 1 or time.perf_counter() - begin > BUDGET_SECONDS:
+    for done in range(1, MAX_ROUNDS):
+        now = time.perf_counter()
+        alive = list(best)
+        if now - warm > SHORT_SECONDS:  # else one hiccup of the machine could decide
+            alive = [name for name, ms in best.items() if ms <= GIVE_UP * min(best.values())]
+        enough = done >= ROUNDS and now - warm > SHORT_SECONDS
+        if len(alive) == 1 or enough or now - begin > BUDGET_SECONDS:
             break
         for name in alive:
             best[name] = min(best[name], _milliseconds(candidates[name], device))

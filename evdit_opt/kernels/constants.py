@@ -12,7 +12,7 @@ __all__ = ["constant"]
 
 
 def constant(values: tuple[float, ...], like: Tensor) -> Tensor:
-    """``values`` as a tensor ``[len(values)]`` with the dtype and device of ``like``, to be read."""
+    """``values`` as a tensor ``[len(values)]``, of the dtype and on the device of ``like``."""
     # On a CPU there is no way to save; and what a tracer makes must not be kept.
     if like.device.type == "cpu" or type(like) is not Tensor:
         return like.new_tensor(values)

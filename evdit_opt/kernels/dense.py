@@ -31,7 +31,7 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, may_be_empty: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of every query with every key.
 
@@ -39,19 +39,21 @@ def attend(
         q: ``[batch, heads, queries, head_dim]``, contiguous last dim.
         k: ``[batch, heads, keys, head_dim]``, contiguous last dim.
         v: like k.
-        bias: None, or added to the logits: ``[batch | 1, heads | 1, 1, keys]``, ``lse_dtype``.
+        bias: None, or added to the logits: ``[batch | 1, heads | 1, queries | 1, keys]``, in
+            ``lse_dtype``.
         scale: multiplies the logits before the bias.
+        may_be_empty: whether the bias may hide every key of a query.
 
     Returns:
         out: ``[batch, heads, queries, head_dim]``, dtype of q; 0 where the bias hides every key.
         lse: ``[batch, heads, queries]``, natural log, ``lse_dtype``; -inf where it does.
     """
     if q.device.type == "cpu":
-        return _attend_cpu(q, k, v, bias, scale)
+        return _attend_cpu(q, k, v, bias, scale, may_be_empty)
     kernel = dense_cuda.choose(q, k, bias is not None)
     if kernel is not None:
         out, lse = dense_cuda.attend(q, k, v, bias, scale, kernel)
-        return _hide_empty(out, lse, bias)
+        return _hide_empty(out, lse, bias) if may_be_empty else (out, lse)
     return _attend_in_chunks(q, k, v, bias, scale)
 
 
@@ -99,7 +101,7 @@ def key_bias(attn_mask: Tensor | None, q: Tensor) -> Tensor | None:
 
 
 def _attend_cpu(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, may_be_empty: bool
 ) -> tuple[Tensor, Tensor]:
     """The flash kernel, over stretches of the keys where its query tiles are small.
 
@@ -117,7 +119,8 @@ def _attend_cpu(
             q, k[:, :, start:stop], v[:, :, start:stop], 0.0, False,
             attn_mask=_cpu_bias(part_bias, q), scale=scale,
         )  # fmt: skip
-        part, part_lse = _hide_empty(part, part_lse, part_bias)
+        if may_be_empty or stretch < keys:
+            part, part_lse = _hide_empty(part, part_lse, part_bias)
         if start == 0:
             out, lse = part, part_lse
         else:

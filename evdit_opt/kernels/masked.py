@@ -60,12 +60,11 @@ def forward(
     padding = key_bias(attn_mask, q)
     if padding is not None:
         bias = bias + padding  # [batch | 1, heads | 1, seq, seq]
-    result, result_lse = attend(q_call, k, v, bias, scale)
+    result, lse = attend(q_call, k, v, bias, scale, may_be_empty=padding is not None)
     out = torch.empty_like(q)
-    out.copy_(result)
-    lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
-    lse.copy_(result_lse)
-    return out, lse
+    if result.stride() == out.stride():
+        return result, lse.contiguous()
+    return out.copy_(result), lse.contiguous()
 
 
 @lru_cache(maxsize=16)
