@@ -11,7 +11,7 @@ SCRIPT = runpy.run_path(str(ROOT / "benchmarks" / "performance_table.py"))
 
 
 def test_the_page_holds_the_recorded_numbers() -> None:
-    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
     assert SCRIPT["BLOCK"].search(page) is not None
     assert SCRIPT["written"](page) == page
 
@@ -19,7 +19,7 @@ def test_the_page_holds_the_recorded_numbers() -> None:
 def test_without_a_gpu_s_numbers_the_page_says_so(tmp_path: Path) -> None:
     assert "Not yet measured on a GPU" in SCRIPT["numbers"](tmp_path)
     measured = list((ROOT / "benchmarks" / "results").glob("*/gpu_suite.json"))
-    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
     assert ("Not yet measured on a GPU" in page) == (not measured)
 
 
