@@ -161,7 +161,7 @@ def _run(impl: str, arguments: Arguments) -> tuple[Tensor, Tensor]:
 def _fastest(
     direction: str, arguments: Arguments, names: tuple[str, ...], run: Callable[[str], object]
 ) -> str:
-    """The fastest of ``names``, known or measured; the rule of thumb where measuring is forbidden."""
+    """The fastest of ``names``, known or measured; by rule of thumb where that is forbidden."""
     if len(names) == 1:
         return names[0]
     q, geometry = arguments[0], arguments[6]

@@ -8,7 +8,7 @@ it. The backend "FLASH" runs flash-attn 4, where that is installed.
 
 import importlib.util
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from types import FunctionType
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from evdit_opt.errors import UnsupportedInputError
+from evdit_opt.kernels.constants import on_device
 from evdit_opt.kernels.dense import key_bias, lse_dtype
 from evdit_opt.kernels.geometry import Geometry
 from evdit_opt.masks import DROPPED, TileMask
@@ -96,7 +97,7 @@ def forward(
     return out, lse
 
 
-@lru_cache(maxsize=32)
+@cache
 def make_block_mask(
     intervals: tuple[int, ...],
     log_weights: tuple[float, ...],
@@ -114,21 +115,15 @@ def make_block_mask(
     every = held @ (1.0 - kept) @ held.T == 0
     if seq % BLOCK:
         every[-1] = every[:, -1] = False  # what lies past the end is not kept
-    partial = _blocks_in_row(some & ~every, device)
-    full = _blocks_in_row(every, device)
-    kept_on_device, frames_on_device = _tables(intervals, log_weights, geometry, device)
-    kept_on_device = kept_on_device != DROPPED
+    kept_on_device = on_device(bias != DROPPED, device)
+    _, frames_on_device = _tables(intervals, log_weights, geometry, device)
 
     def keeps(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return kept_on_device[frames_on_device[i], frames_on_device[j]]
 
-    return BlockMask.from_kv_blocks(
-        *partial,
-        *full,
-        BLOCK,
-        keeps,
-        (seq, seq),
-    )
+    partial, full = _blocks_in_row(some & ~every), _blocks_in_row(every)
+    mask = BlockMask.from_kv_blocks(*partial, *full, BLOCK, keeps, (seq, seq))
+    return on_device(mask, device)
 
 
 def make_score_mod(
@@ -160,7 +155,7 @@ def make_score_mod(
     return weigh_and_hide if any(log_weights) else hide
 
 
-@lru_cache(maxsize=64)
+@cache
 def _tables(
     intervals: tuple[int, ...],
     log_weights: tuple[float, ...],
@@ -177,14 +172,14 @@ def _tables(
     frame_of = torch.full((geometry.seq_len,), mask.frames, dtype=torch.int32)
     video = torch.arange(mask.frames, dtype=torch.int32).repeat_interleave(geometry.tokens)
     frame_of[geometry.prefix : geometry.prefix + len(video)] = video
-    return bias.to(device), frame_of.to(device)
+    return on_device(bias, device), on_device(frame_of, device)
 
 
-def _blocks_in_row(chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def _blocks_in_row(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """How many blocks a row has, and which, as ``BlockMask`` takes them."""
     count = chosen.sum(1, dtype=torch.int32)
     order = torch.argsort(chosen.int(), dim=1, descending=True, stable=True).int()
-    return count[None, None].to(device), order[None, None].to(device)
+    return count[None, None], order[None, None]
 
 
 def _attention(
@@ -197,7 +192,7 @@ def _attention(
     )  # fmt: skip
 
 
-@lru_cache(maxsize=64)
+@cache
 def _compiled(signature: tuple[Any, ...]) -> Callable[..., Any]:
     """FlexAttention compiled for one kind of call.
 

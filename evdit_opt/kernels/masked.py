@@ -4,13 +4,14 @@ It computes every tile, the dropped ones too, and holds numbers for all pairs of
 single call, and for short sequences nothing else is faster.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
 from evdit_opt.errors import UnsupportedInputError
 from evdit_opt.grid import TokenLayout, VideoGrid
+from evdit_opt.kernels.constants import on_device
 from evdit_opt.kernels.dense import attend, key_bias, lse_dtype
 from evdit_opt.kernels.geometry import Geometry
 from evdit_opt.masks import TileMask
@@ -56,7 +57,9 @@ def forward(
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    bias = _pair_bias(intervals, log_weights, geometry, lse_dtype(q.dtype), q.device)
+    # A recorded CUDA graph keeps the address: there, a mask must live as long as the process.
+    keep = _recent if q.device.type == "cpu" else _forever
+    bias = keep(intervals, log_weights, geometry, lse_dtype(q.dtype), q.device)
     padding = key_bias(attn_mask, q)
     if padding is not None:
         bias = bias + padding  # [batch | 1, heads | 1, seq, seq]
@@ -67,7 +70,6 @@ def forward(
     return out.copy_(result), lse.contiguous()
 
 
-@lru_cache(maxsize=16)
 def _pair_bias(
     intervals: tuple[int, ...],
     log_weights: tuple[float, ...],
@@ -75,8 +77,11 @@ def _pair_bias(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """The mask at token level, ``[1, 1, seq, seq]``, made once."""
+    """The mask at token level, ``[1, 1, seq, seq]``."""
     mask = TileMask.from_segments(geometry.frames, intervals, log_weights)
     grid = VideoGrid(geometry.frames, geometry.tokens, 1)
     layout = TokenLayout(grid, prefix=geometry.prefix, suffix=geometry.suffix)
-    return mask.expand(layout).to(device, dtype)[None, None]
+    return on_device(mask.expand(layout).to(dtype), device)[None, None]
+
+
+_recent, _forever = lru_cache(maxsize=16)(_pair_bias), cache(_pair_bias)
