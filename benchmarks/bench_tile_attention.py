@@ -1,100 +1,59 @@
-"""Tile attention against dense attention, masked dense attention and FlexAttention.
+"""Tile attention against dense attention, masked dense attention and FlexAttention, on a CPU.
 
-    python benchmarks/bench_tile_attention.py --threads 1 --clock thread
+    python -m benchmarks.bench_tile_attention --threads 1 --clock thread
 
-FLOPs of one forward: 4 * batch * heads * head_dim * (kept query-key pairs); dense keeps seq ** 2.
-Every contender runs once per round, so that what disturbs the machine disturbs all of them alike.
-``of ideal`` is time / (density * dense time): 1 is perfect, the goal is 1.10. On a shared machine
-use one thread and its CPU time; the JSON records which clock was used.
+(``benchmarks.gpu_suite`` is for GPUs.) FLOPs of one forward: 4 * batch * heads * head_dim * (kept
+query-key pairs); dense keeps seq ** 2. Every contender runs once per round, so that what disturbs
+the machine disturbs all of them alike. ``of ideal`` is time / (density * dense time): 1 is perfect.
+On a shared machine use one thread and its CPU time; the JSON records which clock was used.
 """
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from evdit_opt.grid import TokenLayout, VideoGrid
-from evdit_opt.kernels import tile_attention
-from evdit_opt.masks import DROPPED, Rule, TileMask
+from benchmarks.contenders import flex, make_inputs, ours
+from benchmarks.measure import CLOCKS, environment, interleaved
+from benchmarks.shapes import SMALL, Shape
+from evdit_opt.masks import DROPPED, Rule
 
-CLOCKS = {"thread": time.thread_time, "process": time.process_time, "wall": time.perf_counter}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Contenders = dict[str, Callable[[], object]]
-
-
-def flex(q: Tensor, k: Tensor, v: Tensor, mask: TileMask, tokens: int) -> Callable[[], object]:
-    """Compiled FlexAttention with a BlockMask of the kept tiles; weights as a score_mod."""
-    bias = mask.bias.to(q.device)
-    kept = bias != DROPPED
-    seq = q.shape[2]
-    blocks = create_block_mask(
-        lambda b, h, i, j: kept[i // tokens, j // tokens], None, None, seq, seq, device=q.device
-    )
-    weighted = bool((bias[kept] != 0).any())
-
-    def weight(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return score + bias[i // tokens, j // tokens]
-
-    compiled = torch.compile(flex_attention, fullgraph=True)
-    return lambda: compiled(q, k, v, block_mask=blocks, score_mod=weight if weighted else None)
-
-
-def measure(contenders: Contenders, rounds: int, clock: str, device: str) -> dict[str, list[float]]:
-    """Seconds of every contender in every round, after one round to warm up."""
-    now = CLOCKS[clock]
-
-    def finished() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return now()
-
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for n in range(rounds + 1):
-        for name, run in contenders.items():
-            start = finished()
-            run()
-            if n:
-                times[name].append(finished() - start)
-    return times
+MAIN = Shape(
+    name="main", frames=16, tokens=576, heads=4, head_dim=64,
+    rules=(Rule(1), Rule(2), Rule(2, weighting="balanced")),
+)  # fmt: skip
+DEMO = Shape(
+    name="demo", frames=17, tokens=100, heads=3, head_dim=32,
+    rules=tuple(Rule(k, weighting=w) for k in (2, 3, 4, 6) for w in ("none", "balanced")),
+)  # fmt: skip
 
 
 def bench(
-    arguments: argparse.Namespace, frames: int, tokens: int, heads: int, head_dim: int,
-    dtype: str, rule: Rule, peers: bool,
-) -> dict[str, object]:  # fmt: skip
+    arguments: argparse.Namespace, shape: Shape, dtype: str, rule: Rule, peers: bool
+) -> dict[str, Any]:
     """One shape and one rule."""
-    torch.manual_seed(0)
-    layout = TokenLayout(VideoGrid(frames, tokens, 1))
-    q, k, v = (
-        torch.randn(1, layout.seq_len, heads, head_dim, device=arguments.device)
-        .to(DTYPES[dtype]).transpose(1, 2) for _ in range(3)
-    )  # fmt: skip
-    mask = rule.mask(frames)
+    q, k, v = make_inputs(shape, DTYPES[dtype], "cpu")
+    mask = rule.mask(shape.frames)
     contenders: Contenders = {
         "dense": lambda: scaled_dot_product_attention(q, k, v),
-        "decomposed": lambda: tile_attention(q, k, v, mask, layout, impl="decomposed"),
+        "decomposed": partial(ours(shape, mask, "decomposed"), q, k, v),
     }
     if peers:
-        expanded = mask.expand(layout).to(arguments.device, q.dtype)
+        expanded = mask.expand(shape.layout).to(q.dtype)
         keep = expanded != DROPPED
         contenders["float mask"] = lambda: scaled_dot_product_attention(q, k, v, attn_mask=expanded)
         contenders["bool mask"] = lambda: scaled_dot_product_attention(q, k, v, attn_mask=keep)
-        contenders["flex"] = flex(q, k, v, mask, tokens)
-    if arguments.device == "cuda":
-        contenders["triton"] = lambda: tile_attention(q, k, v, mask, layout, impl="triton")
-    seconds = measure(contenders, arguments.rounds, arguments.clock, arguments.device)
+        contenders["flex"] = partial(flex(shape, mask, "cpu", {}), q, k, v)
+    seconds = interleaved(contenders, arguments.rounds, "cpu", arguments.clock)
     dense = seconds["dense"]
-    flops = 4 * heads * head_dim * layout.seq_len**2
     results = {}
     for name, own in seconds.items():
         density = 1.0 if name == "dense" else mask.density
@@ -104,82 +63,101 @@ def bench(
             "of_dense": min(own) / min(dense),
             "of_ideal": min(own) / min(dense) / density,
             "of_ideal_median": statistics.median(own) / statistics.median(dense) / density,
-            "gflops_kept": flops * density / min(own) / 1e9,
+            "gflops_kept": shape.dense_flops() * density / min(own) / 1e9,
         }
-    row = {"frames": frames, "tokens": tokens, "heads": heads, "head_dim": head_dim,
-           "dtype": dtype, "rule": rule.describe(frames), "density": mask.density,
-           "results": results}  # fmt: skip
+    row = {"frames": shape.frames, "tokens": shape.tokens, "heads": shape.heads,
+           "head_dim": shape.head_dim, "dtype": dtype, "rule": rule.describe(shape.frames),
+           "density": mask.density, "results": results}  # fmt: skip
     ratios = ", ".join(f"{n} {r['of_ideal']:.2f}" for n, r in results.items() if n != "dense")
-    print(f"F={frames} T={tokens} H={heads} D={head_dim} {dtype} {row['rule']}: "
-          f"density {mask.density:.3f}, dense {results['dense']['min_ms']:.1f} ms; "
+    print(f"F={shape.frames} T={shape.tokens} H={shape.heads} D={shape.head_dim} {dtype} "
+          f"{row['rule']}: density {mask.density:.3f}, dense {results['dense']['min_ms']:.1f} ms; "
           f"of ideal: {ratios}", flush=True)  # fmt: skip
     return row
 
 
-def exponent(arguments: argparse.Namespace, references: int) -> dict[str, object]:
+def small(arguments: argparse.Namespace, shape: Shape, dtype: str, rule: Rule) -> dict[str, Any]:
+    """Whether "auto" is as fast as the best there is where calls are short.
+
+    "masked SDPA" is what a person would write: one call, its mask made before.
+    """
+    q, k, v = make_inputs(shape, DTYPES[dtype], "cpu")
+    mask = rule.mask(shape.frames)
+    expanded = mask.expand(shape.layout).to(q.dtype)
+    contenders: Contenders = {
+        impl: partial(ours(shape, mask, impl), q, k, v) for impl in ("auto", "decomposed", "masked")
+    }
+    contenders["masked SDPA"] = lambda: scaled_dot_product_attention(q, k, v, attn_mask=expanded)
+    contenders["auto"]()  # measures and chooses
+    seconds = interleaved(contenders, 10 * arguments.rounds, "cpu", arguments.clock)
+    times = {name: 1e3 * min(own) for name, own in seconds.items()}
+    peers = min(time for name, time in times.items() if name != "auto")
+    own = min(times["decomposed"], times["masked"])
+    row = {"frames": shape.frames, "tokens": shape.tokens, "heads": shape.heads,
+           "head_dim": shape.head_dim, "dtype": dtype, "rule": rule.describe(shape.frames),
+           "density": mask.density, "min_ms": times, "auto_over_own": times["auto"] / own,
+           "auto_over_all": times["auto"] / peers}  # fmt: skip
+    text = ", ".join(f"{name} {time:.3f}" for name, time in times.items())
+    print(f"F={shape.frames} T={shape.tokens} {dtype} {row['rule']}: {text} ms; auto / best "
+          f"implementation {row['auto_over_own']:.2f}, / best {row['auto_over_all']:.2f}",
+          flush=True)  # fmt: skip
+    return row
+
+
+def exponent(arguments: argparse.Namespace, references: int) -> dict[str, Any]:
     """Least squares slope of log(time) over log(frames) at one rule: 1 is linear, dense is 2."""
-    frames, tokens, heads, head_dim = (8, 12, 16, 24, 32), 256, 4, 64
+    frames = (8, 12, 16, 24, 32)
     calls: Contenders = {}
     for count in frames:
-        layout = TokenLayout(VideoGrid(count, tokens, 1))
-        q, k, v = (
-            torch.randn(1, layout.seq_len, heads, head_dim, device=arguments.device)
-            .transpose(1, 2) for _ in range(3)
-        )  # fmt: skip
-        call = partial(tile_attention, q, k, v, Rule(references).mask(count), layout)
-        calls[str(count)] = partial(call, impl="decomposed")
-    seconds = measure(calls, arguments.rounds, arguments.clock, arguments.device)
+        shape = Shape(name="growth", frames=count, tokens=256, heads=4, head_dim=64, rules=())
+        attention = ours(shape, Rule(references).mask(count), "decomposed")
+        calls[str(count)] = partial(attention, *make_inputs(shape, torch.float32, "cpu"))
+    seconds = interleaved(calls, arguments.rounds, "cpu", arguments.clock)
     times = [1e3 * min(own) for own in seconds.values()]
     x, y = torch.tensor(frames).double().log(), torch.tensor(times).double().log()
     slope = (((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()).item()
     print(f"references {references}: time grows as frames ** {slope:.3f}", flush=True)
-    return {"references": references, "tokens": tokens, "frames": frames, "min_ms": times,
+    return {"references": references, "tokens": 256, "frames": frames, "min_ms": times,
             "exponent": slope}  # fmt: skip
 
 
-def environment(arguments: argparse.Namespace) -> dict[str, object]:
-    """Where and when the numbers came from."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    on_cuda = arguments.device == "cuda"
-    name = torch.cuda.get_device_name() if on_cuda else torch.backends.cpu.get_cpu_capability()
-    return {"device": arguments.device, "device_name": f"{platform.machine()} {name}",
-            "threads": arguments.threads, "clock": arguments.clock, "rounds": arguments.rounds,
-            "torch": torch.__version__, "python": platform.python_version(), "commit": commit,
-            "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+SECTIONS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
+    "main": lambda a: [
+        bench(a, MAIN, dtype, rule, not a.no_peers)
+        for dtype in ("float32", "bfloat16") for rule in MAIN.rules
+    ],
+    "demo": lambda a: [bench(a, DEMO, "float32", rule, False) for rule in DEMO.rules],
+    "growth": lambda a: [exponent(a, references) for references in (1, 2)],
+    "small": lambda a: [
+        small(a, shape, dtype, rule)
+        for dtype in ("float32", "bfloat16") for shape in SMALL for rule in shape.rules
+    ],
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--clock", default="wall", choices=list(CLOCKS))
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--section", action="append", choices=list(SECTIONS), help="default: all")
+    parser.add_argument(
+        "--output", type=Path, default=Path("benchmarks/results/cpu/tile_attention.json")
+    )
     parser.add_argument("--no-peers", action="store_true", help="only dense and decomposed")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    default = Path("benchmarks/results") / arguments.device / "tile_attention.json"
-    output = arguments.output or default
-    peers = not arguments.no_peers
-
-    report: dict[str, object] = {"environment": environment(arguments)}
+    report: dict[str, Any] = {}
+    if arguments.output.exists():  # sections that are not measured now stay
+        report = json.loads(arguments.output.read_text(encoding="utf-8"))
+    facts = environment("cpu") | {
+        "threads": arguments.threads, "clock": arguments.clock, "rounds": arguments.rounds,
+    }  # fmt: skip
     with torch.no_grad():
-        report["main"] = [
-            bench(arguments, 16, 576, 4, 64, dtype, Rule(references, 0, weighting), peers)
-            for dtype in ("float32", "bfloat16")
-            for references, weighting in ((1, "none"), (2, "none"), (2, "balanced"))
-        ]
-        report["demo"] = [
-            bench(arguments, 17, 100, 3, 32, "float32", Rule(references, 0, weighting), False)
-            for references in (2, 3, 4, 6)
-            for weighting in ("none", "balanced")
-        ]
-        report["growth"] = [exponent(arguments, references) for references in (1, 2)]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {output}")
+        for section in arguments.section or SECTIONS:
+            report[section] = {"environment": facts, "rows": SECTIONS[section](arguments)}
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {arguments.output}")
 
 
 if __name__ == "__main__":

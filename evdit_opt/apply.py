@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from evdit_opt.backend import Inner, Options, compile_graph
 from evdit_opt.errors import AlreadyOptimizedError, PlanMismatchError, UnsupportedInputError
+from evdit_opt.kernels import autotune
 from evdit_opt.passes.capture import compile_call, restore_call
 from evdit_opt.passes.decide_site import SiteOutcome
 from evdit_opt.passes.marks import RootMark, add_marks
@@ -146,7 +147,14 @@ def report(model: nn.Module) -> Report:
         waiting = SiteOutcome(site.name, site.rule, 1.0, _not_compiled(applied.graphs))
         like = shared.get(_spec(site, applied.plan), waiting)
         sites.append(replace(applied.compiled.get(site.name, like), name=site.name))
-    return Report(tuple(sites), applied.graphs, applied.inner, applied.impl)
+    choices = autotune.choices() if applied.impl == "auto" else ()
+    return Report(
+        tuple(sites),
+        applied.graphs,
+        applied.inner,
+        applied.impl,
+        tuple(choice.describe() for choice in choices),
+    )
 
 
 class _Backend:

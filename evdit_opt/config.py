@@ -116,6 +116,14 @@ class Config:
         if not isinstance(self.pipe_kwargs, Mapping):
             raise _wrong("pipe_kwargs", "a dict of pipeline arguments", self.pipe_kwargs)
 
+    @property
+    def repeatable_impl(self) -> str:
+        """``impl``, or a rule of thumb in place of what is measured.
+
+        Calibrating twice gives equal plans only if no result depends on which kernel was faster.
+        """
+        return "static" if self.impl == "auto" else self.impl
+
     def missed_floors(self, quality: QualityReport | None) -> tuple[str, ...]:
         """Which quality bounds held-out clips miss, in words; none if there is nothing to judge."""
         if quality is None:

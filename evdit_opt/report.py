@@ -17,12 +17,14 @@ class Report:
             shapes.
         inner: the backend that compiled the rewritten graph.
         impl: implementation of the sparse attention asked for.
+        choices: what "auto" measured so far in this process, and chose, one line per kind of call.
     """
 
     sites: tuple[SiteOutcome, ...]
     graphs: int
     inner: str
     impl: str
+    choices: tuple[str, ...] = ()
 
     @property
     def rewritten(self) -> tuple[str, ...]:
@@ -46,4 +48,5 @@ class Report:
             text = f"dense: {site.reason}" if site.reason else f"{rule}, density {site.density:.3f}"
             text += ", in a scope of its own" if site.way == "scope" else ""
             lines.append(f"  {site.name:<{width}}  {text}")
+        lines += [f"  auto: {choice}" for choice in self.choices]
         return "\n".join(lines)

@@ -1,10 +1,13 @@
-"""What holds for every test: one thread a worker, repeatable examples, GPU tests only with one."""
+"""What holds for every test: repeatable examples, no measuring, GPU tests only with one."""
 
 import os
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
 import torch
+
+from evdit_opt.kernels import dispatch
 
 if not torch.cuda.is_available():
     # Read when triton is first imported, by Inductor perhaps: kernels then run on the CPU, slowly.
@@ -15,6 +18,15 @@ hypothesis.settings.register_profile(
     "repeatable", derandomize=True, deadline=None, max_examples=100, print_blob=True
 )
 hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fastest() -> Iterator[Callable[..., str]]:
+    """impl="auto" goes by a rule of thumb: most shapes run once here. Yields what it does else."""
+    measured = dispatch._fastest
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "_fastest", lambda *_: "decomposed")
+        yield measured
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -16,6 +16,7 @@ from evdit_opt.errors import (
     UnsupportedInputError,
 )
 from evdit_opt.grid import TokenLayout, VideoGrid
+from evdit_opt.kernels import autotune
 from evdit_opt.masks import Rule
 from tests.models.masked import masked_attention
 from tests.models.toy_dit import GRID, SOURCE, make_plan, toy, toy_inputs, toy_rules
@@ -226,3 +227,15 @@ def test_without_a_plan_restore_and_report_are_errors() -> None:
         restore(toy())
     with pytest.raises(PlanMismatchError, match="apply_plan"):
         report(toy())
+
+
+def test_the_report_says_what_auto_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = autotune.Choice(
+        name="masked", milliseconds={"decomposed": 2.0, "masked": 1.0}, key=(("tokens", 6),)
+    )
+    monkeypatch.setattr(autotune, "_choices", {choice.key: choice})
+    line = "auto: masked (masked 1 ms, decomposed 2 ms) for tokens 6"
+    for impl, said in (("auto", True), ("decomposed", False)):
+        model = toy()
+        apply_plan(model, make_plan(model, toy_rules()), inner="eager", impl=impl)
+        assert (line in report(model).show()) == said

@@ -84,3 +84,8 @@ def test_missed_floors_are_named() -> None:
     assert Config().missed_floors(report(0.0, 0.0, 99.0)) == ()
     missed = config.missed_floors(report(24.0, 0.8, 2.0))
     assert [words.split()[0] for words in missed] == ["PSNR", "SSIM", "flicker"]
+
+
+def test_calibration_measures_no_kernels() -> None:
+    assert Config().repeatable_impl == "static"
+    assert Config(impl="decomposed").repeatable_impl == "decomposed"

@@ -40,7 +40,9 @@ def record_errors(
         CalibrationError: if a site was never reached.
     """
     sites = {
-        name: SiteErrors(layout, candidate_rules(config, layout.grid.frames), config.impl)
+        name: SiteErrors(
+            layout, candidate_rules(config, layout.grid.frames), config.repeatable_impl
+        )
         for name, layout in layouts.items()
     }
     seen = dict.fromkeys(sites, 0)

@@ -51,7 +51,7 @@ def run_with_plan(
 
     The rewritten graph is not compiled further: too few steps run here to pay for that.
     """
-    apply_plan(denoiser.model, plan, inner="eager", impl=config.impl)
+    apply_plan(denoiser.model, plan, inner="eager", impl=config.repeatable_impl)
     try:
         return [
             denoiser.run(item, config.seed + first + index, config.calib_steps)

@@ -56,8 +56,11 @@ def tile_attention(
         attn_mask: the model's own key-padding mask, kept in addition to the tile mask:
             ``[batch | 1, heads | 1, 1, seq]``, bool (True = attend) or additive float. It gets no
             gradient. Where it hides every kept key of a query, out is 0 and lse is -inf.
-        impl: "reference" (quadratic memory), "decomposed" (dense attention calls), "triton" (the
-            fused kernel), or "auto", which in this version is "decomposed" on every device. An
+        impl: "auto" (the fastest of the exact implementations: measured the first time a kind of
+            call is seen, and remembered in the user's cache folder), "static" (one chosen by a rule
+            of thumb, without measuring), "reference" (quadratic memory), "decomposed" (dense
+            attention calls), "masked" (one call, at most 2048 tokens), "triton" (the fused kernel),
+            "flex" or "flex_flash" (FlexAttention, by Triton or by flash-attn 4; CUDA only). An
             explicit choice never falls back to another.
         return_lse: also return the log-sum-exp.
 

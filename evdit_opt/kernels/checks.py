@@ -1,12 +1,15 @@
-"""What a call of tile attention must satisfy."""
+"""What a call of tile attention must satisfy, checked before anything is launched or traced."""
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from evdit_opt.errors import MaskError, UnsupportedInputError
 from evdit_opt.kernels.geometry import Geometry
+from evdit_opt.masks import TileMask
 
-__all__ = ["check_inputs"]
+__all__ = ["check_inputs", "check_segments", "check_values"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_HEAD_DIM = 256
@@ -56,6 +59,34 @@ def check_inputs(
         )
     if attn_mask is not None:
         _check_attn_mask(q, attn_mask)
+
+
+@lru_cache(maxsize=256)
+def check_segments(intervals: tuple[int, ...], log_weights: tuple[float, ...], frames: int) -> None:
+    """Check that ``TileMask.segments()`` lists are a mask of ``frames`` frames.
+
+    Raises:
+        MaskError: if they are not; also if a row keeps no tile.
+    """
+    TileMask.from_segments(frames, intervals, log_weights)
+
+
+def check_values(attn_mask: Tensor | None) -> None:
+    """Check the numbers of an additive mask: finite, or -inf.
+
+    On a CPU only: elsewhere looking at values would wait for the device, and break CUDA graphs.
+    There a NaN or +inf in the mask makes the output NaN.
+
+    Raises:
+        MaskError: if a number is NaN or +inf.
+    """
+    if attn_mask is None or attn_mask.device.type != "cpu" or attn_mask.dtype == torch.bool:
+        return
+    if not bool((attn_mask < torch.inf).all()):  # False for NaN, too
+        raise MaskError(
+            "expected finite numbers or -inf in attn_mask, got NaN or +inf; use -inf, or a bool "
+            "mask with False, to hide a key"
+        )
 
 
 def _check_attn_mask(q: Tensor, attn_mask: Tensor) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from evdit_opt.kernels.constants import constant
 from evdit_opt.kernels.decomposition import Block, Decomposition, decompose
 from evdit_opt.kernels.dense import attend, key_bias, lse_dtype
 from evdit_opt.kernels.geometry import Geometry, own_windows, take
@@ -144,7 +145,7 @@ def _shared_keys(call: _Call, plan: Decomposition) -> list[_Keys]:
         bias = None
         if call.bias is not None:
             bias = take(call.bias.transpose(2, 3), ranges).transpose(2, 3)
-        shift = call.lse.new_tensor(weights) if any(weights) else None
+        shift = constant(weights, call.lse) if any(weights) else None
         keys.append(_Keys(take(call.k, ranges), take(call.v, ranges), bias, shift))
     return keys
 

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from evdit_opt.kernels.constants import constant
 from evdit_opt.kernels.decomposition import Decomposition, Run, decompose
 from evdit_opt.kernels.dense import attend_backward, key_bias, lse_dtype
 from evdit_opt.kernels.geometry import Geometry, own_windows
@@ -44,6 +45,9 @@ def backward(
     q, k, v, out, grad_out = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, out, grad_out)
     )
+    if q.device.type != "cpu" and grad_out.stride() != out.stride():
+        # Here once: cuDNN wants both alike, and would copy for every piece.
+        grad_out = torch.empty_like(out).copy_(grad_out)
     wide = lse_dtype(q.dtype)
     grad_q = torch.zeros(q.shape, dtype=wide, device=q.device)
     grad_k = torch.zeros(k.shape, dtype=wide, device=q.device)
@@ -111,7 +115,7 @@ class _Pieces:
                 weights = group.weights[span[0].position : span[-1].position + span[-1].count]
                 shift: float | Tensor = weights[0]
                 if any(weight != weights[0] for weight in weights):
-                    shift = self.lse.new_tensor(weights).repeat_interleave(geometry.tokens)
+                    shift = constant(weights, self.lse).repeat_interleave(geometry.tokens)
                 for keys in geometry.ranges(group.keys):
                     self._add(queries, slice(*keys), shift)
 

@@ -1,7 +1,7 @@
 """Dense attention with its log-sum-exp, forward and backward, on whatever device the tensors are.
 
-``attend`` picks PyTorch's fused kernel for the device, explicitly, by device and dtype. The fused
-kernels are private ATen operators: ``tests/kernels/test_dense.py`` pins their signatures.
+``attend`` picks PyTorch's fused kernel for the device, explicitly (on CUDA: ``dense_cuda.choose``),
+or a softmax in chunks where there is none.
 
 ``attend_backward`` takes the *final* output and log-sum-exp of the queries, so the gradient of an
 attention that was cut into pieces is the sum over its pieces, without any merging.
@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from evdit_opt.kernels import dense_cuda
 from evdit_opt.kernels.merge import merge
 
 __all__ = ["attend", "attend_backward", "key_bias", "lse_dtype"]
@@ -30,7 +31,7 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, may_be_empty: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of every query with every key.
 
@@ -38,28 +39,21 @@ def attend(
         q: ``[batch, heads, queries, head_dim]``, contiguous last dim.
         k: ``[batch, heads, keys, head_dim]``, contiguous last dim.
         v: like k.
-        bias: None, or added to the logits: ``[batch | 1, heads | 1, 1, keys]``, ``lse_dtype``.
+        bias: None, or added to the logits: ``[batch | 1, heads | 1, queries | 1, keys]``, in
+            ``lse_dtype``.
         scale: multiplies the logits before the bias.
+        may_be_empty: whether the bias may hide every key of a query.
 
     Returns:
         out: ``[batch, heads, queries, head_dim]``, dtype of q; 0 where the bias hides every key.
         lse: ``[batch, heads, queries]``, natural log, ``lse_dtype``; -inf where it does.
     """
-    aten = torch.ops.aten
     if q.device.type == "cpu":
-        return _attend_cpu(q, k, v, bias, scale)
-    if q.device.type == "cuda" and q.dtype != torch.float64:
-        if bias is None and q.dtype != torch.float32:
-            width = q.shape[-1]
-            padded = [_pad_head_dim(x) for x in (q, k, v)]
-            out, lse, *_ = aten._scaled_dot_product_flash_attention(
-                *padded, 0.0, False, scale=scale
-            )
-            return out[..., :width], lse[..., : q.shape[2]]
-        out, lse, *_ = aten._scaled_dot_product_efficient_attention(
-            q, k, v, _cuda_bias(bias, q, k), True, 0.0, False, scale=scale
-        )
-        return _hide_empty(out, lse[..., : q.shape[2]], bias)
+        return _attend_cpu(q, k, v, bias, scale, may_be_empty)
+    kernel = dense_cuda.choose(q, k, bias is not None)
+    if kernel is not None:
+        out, lse = dense_cuda.attend(q, k, v, bias, scale, kernel)
+        return _hide_empty(out, lse, bias) if may_be_empty else (out, lse)
     return _attend_in_chunks(q, k, v, bias, scale)
 
 
@@ -90,6 +84,9 @@ def attend_backward(
             grad_out, q, k, v, out, lse, 0.0, False, attn_mask=_cpu_bias(bias, q), scale=scale
         )
         return grads[0], grads[1], grads[2]
+    kernel = dense_cuda.choose(q, k, bias is not None, backward=True)
+    if kernel is not None:
+        return dense_cuda.attend_backward(grad_out, q, k, v, bias, out, lse, scale, kernel)
     return _attend_backward_in_chunks(grad_out, q, k, v, bias, out, lse, scale)
 
 
@@ -104,7 +101,7 @@ def key_bias(attn_mask: Tensor | None, q: Tensor) -> Tensor | None:
 
 
 def _attend_cpu(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, may_be_empty: bool
 ) -> tuple[Tensor, Tensor]:
     """The flash kernel, over stretches of the keys where its query tiles are small.
 
@@ -122,7 +119,8 @@ def _attend_cpu(
             q, k[:, :, start:stop], v[:, :, start:stop], 0.0, False,
             attn_mask=_cpu_bias(part_bias, q), scale=scale,
         )  # fmt: skip
-        part, part_lse = _hide_empty(part, part_lse, part_bias)
+        if may_be_empty or stretch < keys:
+            part, part_lse = _hide_empty(part, part_lse, part_bias)
         if start == 0:
             out, lse = part, part_lse
         else:
@@ -134,22 +132,6 @@ def _attend_cpu(
 
 def _cpu_bias(bias: Tensor | None, q: Tensor) -> Tensor | None:
     return None if bias is None else bias.expand(-1, -1, q.shape[2], -1)
-
-
-def _cuda_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """The bias in q's dtype, expanded, its rows in a storage whose length is a multiple of 16."""
-    if bias is None:
-        return None
-    keys = k.shape[2]
-    storage = bias.new_zeros((*bias.shape[:3], -(-keys // 16) * 16), dtype=q.dtype)
-    storage[..., :keys] = bias
-    return storage[..., :keys].expand(q.shape[0], q.shape[1], q.shape[2], keys)
-
-
-def _pad_head_dim(x: Tensor) -> Tensor:
-    """CUDA's flash kernel takes multiples of 8."""
-    missing = -x.shape[-1] % 8
-    return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
 def _hide_empty(out: Tensor, lse: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

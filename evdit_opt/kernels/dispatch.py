@@ -1,25 +1,74 @@
 """Which implementation runs: the one place that decides."""
 
+import importlib.util
+import platform
+from collections.abc import Callable
+from functools import cache, lru_cache, partial
+from pathlib import Path
+
+import torch
 from torch import Tensor
 
-from evdit_opt.errors import MaskError
-from evdit_opt.kernels import decomposed, decomposed_backward, reference
+from evdit_opt.errors import MaskError, UnsupportedInputError
+from evdit_opt.kernels import autotune, decomposed, decomposed_backward, masked, reference
 from evdit_opt.kernels.geometry import Geometry
 
-__all__ = ["IMPLEMENTATIONS", "backward", "forward", "resolve"]
+__all__ = ["IMPLEMENTATIONS", "backward", "check", "forward", "resolve"]
 
-IMPLEMENTATIONS = ("auto", "reference", "decomposed", "triton")
+IMPLEMENTATIONS = (
+    "auto", "static", "reference", "decomposed", "masked", "triton", "flex", "flex_flash",
+)  # fmt: skip
+# Up to here nothing beats a single call with a mask; beyond the second, it never wins.
+TINY_SEQ = 128
+SHORT_SEQ = 1024
+DENSITY_BUCKETS = 16
+
+Arguments = tuple[
+    Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...], tuple[float, ...], Geometry, float
+]
 
 
-def resolve(impl: str) -> str:
-    """The implementation a name stands for. "auto" is "decomposed" on every device, for now.
+def check(impl: str, q: Tensor, geometry: Geometry) -> None:
+    """Check that an implementation can run on tensors like these; their values do not matter.
+
+    Raises:
+        MaskError: if there is no such implementation.
+        UnsupportedInputError: if it cannot run on these tensors.
+    """
+    _require_name(impl)  # "auto" and "static" choose what can run
+    if impl == "masked":
+        masked.check(geometry)
+    if impl in ("flex", "flex_flash"):
+        from evdit_opt.kernels import flex
+
+        flex.check(q, "AUTO" if impl == "flex" else "FLASH")
+    if impl == "triton":
+        if not _has_triton():
+            raise UnsupportedInputError(
+                "expected Triton for impl='triton', it is not installed; pip install triton, or "
+                "use impl='auto' or 'decomposed'"
+            )
+        # Lazy, as everywhere below: importing this package must not import Triton.
+        from evdit_opt.kernels import triton_launch
+
+        triton_launch.check_supported(q)
+
+
+def resolve(impl: str, device: torch.device, seq_len: int) -> str:
+    """The implementation a name stands for, as far as that is known before anything runs.
+
+    Returns:
+        One of ``IMPLEMENTATIONS``, never "static"; "auto" where a measurement decides.
 
     Raises:
         MaskError: if there is no such implementation.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise MaskError(f"expected impl to be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    return "decomposed" if impl == "auto" else impl
+    _require_name(impl)
+    if impl == "static" or (impl == "auto" and seq_len <= TINY_SEQ):
+        return "masked" if seq_len <= TINY_SEQ else "decomposed"
+    if impl == "auto" and device.type == "cpu" and seq_len > SHORT_SEQ:
+        return "decomposed"
+    return impl
 
 
 def forward(
@@ -35,20 +84,19 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Run one implementation; an explicit choice never falls back to another.
 
+    "auto" measures what can run the first time it sees a kind of call, and remembers the fastest.
+    Where it must not measure (while a CUDA graph is recorded), and where ``impl`` is "static", a
+    rule of thumb decides.
+
     Raises:
-        MaskError: if there is no such implementation.
-        UnsupportedInputError: if it cannot run on these tensors.
+        UnsupportedInputError: if the implementation cannot run on these tensors.
     """
     arguments = (q, k, v, attn_mask, intervals, log_weights, geometry, scale)
-    chosen = resolve(impl)
-    if chosen == "reference":
-        return reference.forward(*arguments)
-    if chosen == "triton":
-        # Lazy: importing this package must not import Triton.
-        from evdit_opt.kernels import triton_forward
-
-        return triton_forward.forward(*arguments)
-    return decomposed.forward(*arguments)
+    impl = resolve(impl, q.device, geometry.seq_len)
+    if impl == "auto":
+        names = _candidates(q, geometry)
+        impl = _fastest("forward", arguments, names, lambda name: _run(name, arguments))
+    return _run(impl, arguments)
 
 
 def backward(
@@ -67,15 +115,144 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v: "triton" by its own kernels, every other one by the decomposition.
 
+    "auto" measures the two, where both can run, whatever it chose for the forward pass.
+
     Raises:
         MaskError: if there is no such implementation.
         UnsupportedInputError: if it cannot run on these tensors.
     """
-    arguments = (
-        grad_out, q, k, v, out, lse, attn_mask, intervals, log_weights, geometry, scale
-    )  # fmt: skip
-    if resolve(impl) == "triton":
-        from evdit_opt.kernels import triton_backward
+    arguments = (q, k, v, attn_mask, intervals, log_weights, geometry, scale)
 
-        return triton_backward.backward(*arguments)
-    return decomposed_backward.backward(*arguments)
+    def run(name: str) -> tuple[Tensor, Tensor, Tensor]:
+        if name == "triton":
+            from evdit_opt.kernels import triton_backward
+
+            return triton_backward.backward(grad_out, q, k, v, out, lse, *arguments[3:])
+        return decomposed_backward.backward(grad_out, q, k, v, out, lse, *arguments[3:])
+
+    impl = resolve(impl, q.device, geometry.seq_len)
+    if impl == "auto":
+        names = tuple(name for name in _candidates(q, geometry) if name != "masked")
+        impl = _fastest("backward", arguments, names, run)
+    return run(impl)
+
+
+def _require_name(impl: str) -> None:
+    if impl not in IMPLEMENTATIONS:
+        raise MaskError(f"expected impl to be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+
+
+def _run(impl: str, arguments: Arguments) -> tuple[Tensor, Tensor]:
+    if impl == "reference":
+        return reference.forward(*arguments)
+    if impl == "masked":
+        return masked.forward(*arguments)
+    if impl == "triton":
+        from evdit_opt.kernels import triton_forward
+
+        return triton_forward.forward(*arguments)
+    if impl in ("flex", "flex_flash"):
+        from evdit_opt.kernels import flex
+
+        return flex.forward(*arguments, "AUTO" if impl == "flex" else "FLASH")
+    return decomposed.forward(*arguments)
+
+
+def _fastest(
+    direction: str, arguments: Arguments, names: tuple[str, ...], run: Callable[[str], object]
+) -> str:
+    """The fastest of ``names``, known or measured; by rule of thumb where that is forbidden."""
+    if len(names) == 1:
+        return names[0]
+    q, geometry = arguments[0], arguments[6]
+    key = (("direction", direction), *_kind(arguments))
+    choice = autotune.remembered(key, names)
+    if choice is None:
+        if not _may_measure(q):
+            return resolve("static", q.device, geometry.seq_len)
+        calls: dict[str, Callable[[], object]] = {
+            name: partial(_candidate, run, name) for name in names
+        }
+        choice = autotune.choose(key, calls, q.device)
+    return choice.name
+
+
+def _candidates(q: Tensor, geometry: Geometry) -> tuple[str, ...]:
+    """What "auto" chooses from, all of it exact."""
+    names = ["decomposed"]
+    if q.device.type == "cuda" and _has_triton():
+        try:
+            check("triton", q, geometry)
+            names.append("triton")
+        except UnsupportedInputError:
+            pass
+    if geometry.seq_len <= SHORT_SEQ:
+        names.append("masked")
+    return tuple(names)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _candidate(run: Callable[[str], object], name: str) -> object:
+    """One run to be measured; what Triton cannot compile becomes the error autotune knows."""
+    if name != "triton":
+        return run(name)
+    from triton.errors import TritonError
+
+    try:
+        return run(name)
+    except TritonError as error:
+        raise RuntimeError(str(error)) from error
+
+
+def _may_measure(q: Tensor) -> bool:
+    """Only with real data, and where waiting for the device is allowed."""
+    if torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter):
+        return False
+    if q.device.type == "cuda":
+        return not torch.cuda.is_current_stream_capturing()
+    return q.device.type != "meta"
+
+
+def _kind(arguments: Arguments) -> autotune.Key:
+    """What calls have in common that share a choice."""
+    q, k, v, attn_mask, intervals, log_weights, geometry, _ = arguments
+    return (
+        ("device", _device_name(q.device)),
+        ("threads", torch.get_num_threads() if q.device.type == "cpu" else 0),
+        ("dtype", str(q.dtype).removeprefix("torch.")),
+        ("batch", q.shape[0]),
+        ("heads", q.shape[1]),
+        ("kv_heads", k.shape[1]),
+        ("head_dim", q.shape[3]),
+        ("frames", geometry.frames),
+        ("tokens", geometry.tokens),
+        ("text", geometry.prefix + geometry.suffix > 0),
+        ("density", _density_bucket(intervals, geometry.frames)),
+        ("weighted", any(log_weights)),
+        ("padding", attn_mask is not None),
+        ("heads_outside", q.stride(1) > q.stride(2)),
+        ("grad", q.requires_grad or k.requires_grad or v.requires_grad),
+    )
+
+
+@lru_cache(maxsize=256)
+def _density_bucket(intervals: tuple[int, ...], frames: int) -> float:
+    """Kept share of tiles, rounded."""
+    kept = sum(intervals[2::3]) - sum(intervals[1::3])
+    return round(DENSITY_BUCKETS * kept / frames**2) / DENSITY_BUCKETS
+
+
+@cache
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evdit_opt.kernels import dispatch
-from evdit_opt.kernels.checks import check_inputs
+from evdit_opt.kernels.checks import check_inputs, check_segments, check_values
 from evdit_opt.kernels.dense import lse_dtype
 from evdit_opt.kernels.geometry import Geometry
 
@@ -63,7 +63,7 @@ def tile_attention_op(
         prefix: text tokens before the video.
         suffix: text tokens after the video.
         scale: multiplies the logits; None is 1 / sqrt(head_dim).
-        impl: "auto", "reference", "decomposed" or "triton".
+        impl: one of ``dispatch.IMPLEMENTATIONS``.
 
     Returns:
         out: strides of ``torch.empty_like(q)``; 0 where ``attn_mask`` hides every kept key.
@@ -75,15 +75,46 @@ def tile_attention_op(
         UnsupportedInputError: if dtype, device or head_dim are not supported.
     """
     geometry = _geometry(frames, tokens_per_frame, prefix, suffix)
-    check_inputs(q, k, v, attn_mask, geometry)
-    return dispatch.forward(
-        q, k, v, attn_mask, tuple(intervals), tuple(log_weights), geometry, _scale(scale, q), impl
-    )
+    mask = tuple(intervals), tuple(log_weights)
+    _check(q, k, v, attn_mask, *mask, geometry, impl)
+    check_values(attn_mask)
+    return dispatch.forward(q, k, v, attn_mask, *mask, geometry, _scale(scale, q), impl)
 
 
 @tile_attention_op.register_fake
-def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    intervals: Sequence[int],
+    log_weights: Sequence[float],
+    frames: int,
+    tokens_per_frame: int,
+    prefix: int,
+    suffix: int,
+    scale: float | None,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    geometry = _geometry(frames, tokens_per_frame, prefix, suffix)
+    _check(q, k, v, attn_mask, tuple(intervals), tuple(log_weights), geometry, impl)
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    intervals: tuple[int, ...],
+    log_weights: tuple[float, ...],
+    geometry: Geometry,
+    impl: str,
+) -> None:
+    """What can be said about a call without its values, when it runs and when it is traced."""
+    check_inputs(q, k, v, attn_mask, geometry)
+    check_segments(intervals, log_weights, int(geometry.frames))
+    dispatch.check(impl, q, geometry)
 
 
 @torch.library.custom_op(

@@ -5,7 +5,6 @@ of k and v owns tiles of keys and walks ranges of queries: the same tables of th
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
@@ -13,6 +12,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from evdit_opt.kernels.constants import on_device
 from evdit_opt.kernels.geometry import Geometry
 from evdit_opt.masks import DROPPED, TileMask
 
@@ -88,11 +88,11 @@ def make_tables(
         table += [(*tile, len(table), len(same)) for tile in same]
     weights = [weight for *_, weight in ranges]
     return Tables(
-        tiles=_on_device(torch.tensor(table, dtype=torch.int32), device),
-        ranges=_on_device(
+        tiles=on_device(torch.tensor(table, dtype=torch.int32), device),
+        ranges=on_device(
             torch.tensor([r[:2] for r in ranges], dtype=torch.int32).view(-1, 2), device
         ),
-        weights=_on_device(torch.tensor(weights, dtype=torch.float32), device),
+        weights=on_device(torch.tensor(weights, dtype=torch.float32), device),
         is_weighted=any(weights),
     )
 
@@ -128,15 +128,3 @@ def _met(row: tuple[float, ...], geometry: Geometry) -> Ranges:
         else:
             joined.append((start, stop, weight))
     return tuple(joined)
-
-
-def _on_device(x: Tensor, device: torch.device) -> Tensor:
-    """A copy of a CPU tensor on ``device``, in memory of the device's ordinary pool.
-
-    torch.compile's CUDA graphs warm up with all allocations of the calling thread in the pool of
-    the graph, and reject what outlives the call there. So another thread allocates.
-    """
-    if device.type != "cuda":
-        return x.to(device)
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(x.to, device).result()

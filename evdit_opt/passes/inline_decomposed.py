@@ -24,8 +24,9 @@ def inline_decomposed(gm: fx.GraphModule) -> int:
         after:   both = tile_attention(q, k, v, None, intervals, log_weights, 17, 100, ...)
 
     Only where that is the same computation: on a CPU, by the decomposed implementation, at static
-    lengths, and without gradients (the flash operator's log-sum-exp has no derivative; the
-    operator's own backward does not need one). Elsewhere the operator stays.
+    lengths, without gradients (the flash operator's log-sum-exp has no derivative; the operator's
+    own backward does not need one), and without an additive mask, whose values the operator checks.
+    Elsewhere the operator stays.
 
     Returns:
         Number of calls inlined.
@@ -41,14 +42,15 @@ def inline_decomposed(gm: fx.GraphModule) -> int:
 
 def _may_inline(node: fx.Node) -> bool:
     *_, frames, tokens, prefix, suffix, _, impl = node.args
-    q = value_of(node.args[0])
+    q, attn_mask = value_of(node.args[0]), value_of(node.args[3])
     return (
         not torch.is_grad_enabled()
         and isinstance(impl, str)
-        and dispatch.resolve(impl) == "decomposed"
         and isinstance(q, Tensor)
         and q.device.type == "cpu"
         and all(isinstance(length, int) for length in (*q.shape, frames, tokens, prefix, suffix))
+        and dispatch.resolve(impl, q.device, q.shape[2]) == "decomposed"
+        and (node.args[3] is None or getattr(attn_mask, "dtype", None) == torch.bool)
     )
 
 

@@ -79,21 +79,3 @@ def test_hidden_keys_give_zero_and_minus_infinity() -> None:
         out, lse = attend(*tensors(SHAPES[1], torch.float32), bias, 0.2)
         assert out.count_nonzero() == 0
         assert lse.isneginf().all()
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [
-        ("_scaled_dot_product_flash_attention", "query key value dropout_p is_causal"),
-        (
-            "_scaled_dot_product_efficient_attention",
-            "query key value attn_bias compute_log_sumexp dropout_p is_causal",
-        ),
-    ],
-)
-def test_operators_for_cuda_take_what_is_passed(name: str, arguments: str) -> None:
-    schema = getattr(torch.ops.aten, name).default._schema
-    expected = arguments.split()
-    assert [argument.name for argument in schema.arguments][: len(expected)] == expected
-    assert "scale" in [argument.name for argument in schema.arguments if argument.kwarg_only]
-    assert str(schema.returns[0].type) == str(schema.returns[1].type) == "Tensor"

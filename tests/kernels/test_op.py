@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -151,7 +152,7 @@ K = torch.zeros(2, 2, LAYOUT.seq_len, 16)
         (Q[:, :, 1:], K[:, :, 1:], {}, MaskError, r"= 3 \+ 5 \* 12 \+ 2 = 65, got 64"),
         (Q.half(), K, {}, UnsupportedInputError, "of one dtype"),
         (Q.int(), K.int(), {}, UnsupportedInputError, "of one dtype, float32"),
-        (Q, K, {"impl": "fastest"}, MaskError, "impl to be one of auto, reference"),
+        (Q, K, {"impl": "fastest"}, MaskError, "impl to be one of auto, static, ref"),
         (Q, K, {"attn_mask": torch.ones(65, 65, dtype=torch.bool)}, MaskError, "key-padding"),
         (Q, K, {"attn_mask": torch.ones(2, 1, 65, 65)}, MaskError, "depends on the query"),
         (Q, K, {"attn_mask": torch.ones(2, 1, 1, 65, dtype=torch.int64)},
@@ -160,10 +161,59 @@ K = torch.zeros(2, 2, LAYOUT.seq_len, 16)
     ],
 )  # fmt: skip
 def test_errors(
-    q: Tensor, k: Tensor, options: dict[str, object], error: type[Exception], message: str
+    q: Tensor, k: Tensor, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
+    """One clear error each: when it runs, and when it is traced, by the fake kernel."""
     with pytest.raises(error, match=message):
-        tile_attention(q, k, k, MASK, LAYOUT, **options)  # type: ignore[arg-type]
+        tile_attention(q, k, k, MASK, LAYOUT, **options)
+    q, k = q.to("meta"), k.to("meta")
+    if "attn_mask" in options:
+        options = {**options, "attn_mask": options["attn_mask"].to("meta")}
+    with pytest.raises(error, match=message):
+        tile_attention(q, k, k, MASK, LAYOUT, **options)
+
+
+def test_errors_of_compiled_calls_say_the_same() -> None:
+    compiled = torch.compile(tile_attention, fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="expected seq = prefix"):
+        compiled(Q[:, :, 1:], K[:, :, 1:], K[:, :, 1:], MASK, LAYOUT)
+
+
+ROW_1_EMPTY = ((0, 0, 5, 2, 0, 5, 3, 0, 5, 4, 0, 5), (0.0,) * 4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        (ROW_1_EMPTY, "at least one kept tile in every row, row 1 has none"),
+        (((0, 0, 6), (0.0,)), "within 5 frames"),
+        (((0, 0), (0.0,)), "3 integers per weight"),
+    ],
+)
+def test_lists_that_are_no_mask_are_an_error(
+    segments: tuple[tuple[int, ...], tuple[float, ...]], message: str, device: str
+) -> None:
+    q, k = Q.to(device), K.to(device)
+    with pytest.raises(MaskError, match=message):
+        torch.ops.evdit.tile_attention(q, k, k, None, *segments, 5, 12, 3, 2, None, "auto")
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "decomposed", "masked"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_an_additive_mask_must_not_hold(value: float, impl: str) -> None:
+    padding = torch.zeros(1, 1, 1, LAYOUT.seq_len)
+    padding[..., 0] = -float("inf")  # hides a key, as it should
+    tile_attention(Q, K, K, MASK, LAYOUT, attn_mask=padding, impl=impl)
+    padding[..., 7] = value
+    for function in (tile_attention, torch.compile(tile_attention, backend="aot_eager")):
+        with pytest.raises(MaskError, match=r"finite numbers or -inf in attn_mask, got NaN or"):
+            function(Q, K, K, MASK, LAYOUT, attn_mask=padding, impl=impl)
+
+
+def test_tensors_on_two_devices_are_an_error() -> None:
+    with pytest.raises(UnsupportedInputError, match=r"on one device, got \['cpu', 'meta'"):
+        tile_attention(Q, K.to("meta"), K.to("meta"), MASK, LAYOUT)
 
 
 def test_a_mask_of_other_frames_is_an_error() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evdit_opt.grid import TokenLayout, VideoGrid
-from evdit_opt.kernels import decomposed, tile_attention
+from evdit_opt.kernels import decomposed, flex, tile_attention
 from evdit_opt.masks import Rule, TileMask
 from tests.kernels.oracle import Case, cases, oracle, strided
 from tests.tolerance import assert_close_to_fp64
@@ -45,6 +45,20 @@ def test_reference_is_exact(case: Case) -> None:
     check(case, "reference")
 
 
+@given(cases(CPU_DTYPES, max_tokens=1500))
+@settings(max_examples=40)
+def test_masked_is_exact(case: Case) -> None:
+    check(case, "masked")
+
+
+@given(cases((torch.float32, torch.float64), max_tokens=400))
+@settings(max_examples=15)
+def test_flex_is_exact(case: Case) -> None:
+    """FlexAttention uncompiled: on a CPU its compiled form returns no log-sum-exp."""
+    with mock.patch.object(flex, "COMPILER", "eager"):
+        check(case, "flex")
+
+
 @given(cases((torch.float32, torch.float64), max_tokens=900), st.integers(1, 4))
 @settings(max_examples=80)
 def test_every_block_size_is_exact(case: Case, rows: int) -> None:
@@ -64,7 +78,7 @@ def test_low_precision_in_every_block_size(dtype: torch.dtype, rows: int) -> Non
         check(case, "decomposed")
 
 
-@pytest.mark.parametrize("impl", ["reference", "decomposed"])
+@pytest.mark.parametrize("impl", ["reference", "decomposed", "masked"])
 def test_a_query_without_any_key_gives_zero(impl: str) -> None:
     layout = TokenLayout(VideoGrid(3, 4, 1))
     q, k, v = strided("transposed", 1, 12, (2, 2, 2), 16)
@@ -98,6 +112,20 @@ def test_auto_is_exact_on_cuda(case: Case) -> None:
 @settings(max_examples=100)
 def test_triton_is_exact_on_cuda(case: Case) -> None:
     check_on_cuda(case, "triton")
+
+
+@pytest.mark.gpu
+@given(cases((torch.float32, torch.float16, torch.bfloat16), max_tokens=1500))
+@settings(max_examples=60)
+def test_masked_is_exact_on_cuda(case: Case) -> None:
+    check_on_cuda(case, "masked")
+
+
+@pytest.mark.gpu
+@given(cases((torch.float16, torch.bfloat16), head_dims=(64, 96, 128)))
+@settings(max_examples=10)
+def test_flex_is_exact_on_cuda(case: Case) -> None:
+    check_on_cuda(case, "flex")
 
 
 def check_on_cuda(case: Case, impl: str) -> None:

@@ -22,7 +22,7 @@ MASKS = {
 }
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: TileMask, impl: str = "auto") -> Any:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: TileMask, impl: str = "decomposed") -> Any:
     grid = LAYOUT.grid
     return OP(
         q, k, v, None, *map(list, mask.segments()), grid.frames, grid.tokens_per_frame,
@@ -76,27 +76,47 @@ def test_under_autocast_the_operator_chooses_the_dtype() -> None:
     assert out.dtype == torch.bfloat16
 
 
-def graph(impl: str, tokens: Any = 9, device: str = "cpu") -> fx.GraphModule:
+def graph(
+    impl: str, tokens: Any = 9, device: str = "cpu", padding: torch.dtype | None = None
+) -> fx.GraphModule:
     build = GraphBuilder()
-    nodes = [build.input(f"l_{name}_", 1, 2, LAYOUT.seq_len, 16) for name in "qkv"]
+    seq = 3 + 7 * (tokens or 9)
+    nodes = [build.input(f"l_{name}_", 1, 2, seq, 16) for name in "qkv"]
     for node in nodes:
-        node.meta["example_value"] = torch.empty(1, 2, LAYOUT.seq_len, 16, device=device)
+        node.meta["example_value"] = torch.empty(1, 2, seq, 16, device=device)
+    attn_mask = None
+    if padding is not None:
+        attn_mask = build.input("l_padding_", 1, 1, 1, seq)
+        attn_mask.meta["example_value"] = torch.zeros(1, 1, 1, seq, dtype=padding)
     rows = list(map(list, Rule(1).mask(7).segments()))
-    node = build.graph.call_function(OP, (*nodes, None, *rows, 7, tokens, 3, 0, None, impl))
+    node = build.graph.call_function(OP, (*nodes, attn_mask, *rows, 7, tokens, 3, 0, None, impl))
     return build.module(node)
 
 
 @pytest.mark.parametrize(
     ("arguments", "grad", "expected"),
     [
-        ({"impl": "auto"}, False, 1),
+        ({"impl": "auto", "tokens": 200}, False, 1),
+        ({"impl": "auto"}, False, 0),
         ({"impl": "decomposed"}, False, 1),
+        ({"impl": "decomposed", "padding": torch.bool}, False, 1),
+        ({"impl": "decomposed", "padding": torch.float32}, False, 0),
         ({"impl": "decomposed"}, True, 0),
         ({"impl": "reference"}, False, 0),
-        ({"impl": "auto", "device": "meta"}, False, 0),
-        ({"impl": "auto", "tokens": None}, False, 0),
+        ({"impl": "decomposed", "device": "meta"}, False, 0),
+        ({"impl": "decomposed", "tokens": None}, False, 0),
     ],
-    ids=["auto", "decomposed", "gradients", "reference", "another device", "dynamic"],
+    ids=[
+        "auto",
+        "auto, short",
+        "decomposed",
+        "bool mask",
+        "additive mask",
+        "gradients",
+        "reference",
+        "another device",
+        "dynamic",
+    ],
 )
 def test_only_where_it_is_the_same_computation(
     arguments: dict[str, Any], grad: bool, expected: int

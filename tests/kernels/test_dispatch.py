@@ -1,0 +1,201 @@
+"""Which implementation a call takes: measured, by rule of thumb, or the one that was asked for."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from evdit_opt.errors import MaskError, UnsupportedInputError
+from evdit_opt.grid import TokenLayout, VideoGrid
+from evdit_opt.kernels import autotune, decomposed, dispatch, masked, reference, tile_attention
+from evdit_opt.masks import Rule
+from tests.kernels.oracle import oracle, strided
+
+LAYOUT = TokenLayout(VideoGrid(5, 40, 1))
+MASK = Rule(2).mask(5)
+
+
+@pytest.fixture
+def measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fastest: Callable[..., str]
+) -> list[str]:
+    """Measuring as users have it, with an empty cache; the implementations that ran."""
+    monkeypatch.setattr(dispatch, "_fastest", fastest)
+    monkeypatch.setattr(autotune, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(autotune, "_choices", {})
+    ran: list[str] = []
+    run = dispatch._run
+
+    def recorded(impl: str, arguments: Any) -> tuple[Tensor, Tensor]:
+        ran.append(impl)
+        return run(impl, arguments)
+
+    monkeypatch.setattr(dispatch, "_run", recorded)
+    return ran
+
+
+def inputs(layout: TokenLayout = LAYOUT) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return strided("transposed", 1, layout.seq_len, (2, 2, 2), 16)
+
+
+def test_auto_measures_the_first_call_of_a_kind_only(measuring: list[str]) -> None:
+    q, k, v = inputs()
+    out = tile_attention(q, k, v, MASK, LAYOUT)
+    assert set(measuring) == {"decomposed", "masked"}
+    assert len(measuring) >= 5  # a warm-up and a round of both, and the call itself
+    chosen = measuring[-1]
+    measuring.clear()
+    assert torch.equal(tile_attention(q, k, v, MASK, LAYOUT), out)  # the same kernel, the same bits
+    assert measuring == [chosen]
+    (choice,) = autotune.choices()
+    assert choice.name == chosen
+    assert dict(choice.key)["tokens"] == 40
+    autotune._choices.clear()
+    measuring.clear()
+    tile_attention(q, k, v, MASK, LAYOUT)  # as another process: from disk
+    assert measuring == [chosen]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, k, v: ((q.double(), k.double(), v.double()), {}),
+        lambda q, k, v: ((q, k, v), {"attn_mask": torch.ones(1, 1, 1, 200, dtype=torch.bool)}),
+        lambda q, k, v: ((q.contiguous(), k, v), {}),
+        lambda q, k, v: ((q.repeat(1, 2, 1, 1), k, v), {}),
+    ],
+    ids=["dtype", "padding", "strides", "heads"],
+)
+def test_another_kind_is_measured_too(measuring: list[str], change: Any) -> None:
+    tensors = inputs()
+    tile_attention(*tensors, MASK, LAYOUT)
+    tensors, options = change(*tensors)
+    tile_attention(*tensors, MASK, LAYOUT, **options)
+    assert len(autotune.choices()) == 2
+
+
+def test_tiny_and_long_sequences_are_not_measured(measuring: list[str]) -> None:
+    tiny = TokenLayout(VideoGrid(5, 4, 1))
+    tile_attention(*inputs(tiny), MASK, tiny)
+    long = TokenLayout(VideoGrid(5, 500, 1))
+    tile_attention(*inputs(long), MASK, long)
+    assert measuring == ["masked", "decomposed"]
+    assert autotune.choices() == ()
+
+
+def test_static_never_measures(measuring: list[str]) -> None:
+    tile_attention(*inputs(), MASK, LAYOUT, impl="static")
+    assert measuring == ["decomposed"]
+    assert autotune.choices() == ()
+
+
+def test_a_compiled_graph_measures_when_it_runs(measuring: list[str]) -> None:
+    compiled = torch.compile(
+        lambda *x: tile_attention(*x, MASK, LAYOUT), fullgraph=True, backend="aot_eager"
+    )
+    tensors = inputs()
+    out = compiled(*tensors)
+    chosen = measuring[-1]
+    assert autotune.choices()[0].name == chosen
+    measuring.clear()
+    assert torch.equal(compiled(*tensors), out)
+    assert measuring == [chosen]
+
+
+def test_tracing_measures_nothing(measuring: list[str]) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in inputs()]
+        tile_attention(*fake, MASK, LAYOUT)
+    torch.export.export(Exported(), inputs())
+    meta = [x.to("meta") for x in inputs()]
+    tile_attention(*meta, MASK, LAYOUT)
+    assert measuring == []
+    assert autotune.choices() == ()
+
+
+class Exported(torch.nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return tile_attention(q, k, v, MASK, LAYOUT)
+
+
+def test_where_it_must_not_measure_the_rule_of_thumb_decides(
+    measuring: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_may_measure", lambda q: False)
+    tile_attention(*inputs(), MASK, LAYOUT)
+    assert measuring == ["decomposed"]
+    monkeypatch.setattr(dispatch, "_may_measure", lambda q: True)
+    tile_attention(*inputs(), MASK, LAYOUT)
+    chosen = measuring[-1]
+    measuring.clear()
+    monkeypatch.setattr(dispatch, "_may_measure", lambda q: False)
+    tile_attention(*inputs(), MASK, LAYOUT)  # what is known already may be used
+    assert measuring == [chosen]
+
+
+@pytest.mark.gpu
+def test_a_recorded_cuda_graph_holds_the_rule_of_thumb(measuring: list[str]) -> None:
+    q, k, v = (x.cuda().half() for x in inputs())
+    tile_attention(q, k, v, MASK, LAYOUT, impl="decomposed")  # warm up
+    measuring.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = tile_attention(q, k, v, MASK, LAYOUT)
+    graph.replay()
+    assert measuring == ["decomposed"]
+    assert autotune.choices() == ()
+    expected, _ = oracle(q.cpu(), k.cpu(), v.cpu(), MASK, LAYOUT)
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("impl", ["reference", "decomposed", "masked"])
+def test_an_explicit_choice_never_falls_back(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("broken on purpose")
+
+    module = {"reference": reference, "decomposed": decomposed, "masked": masked}[impl]
+    monkeypatch.setattr(module, "forward", broken)
+    with pytest.raises(RuntimeError, match="broken on purpose"):
+        tile_attention(*inputs(), MASK, LAYOUT, impl=impl)
+
+
+def test_unknown_and_impossible_choices_are_errors_when_traced_too() -> None:
+    q, k, v = inputs()
+    with pytest.raises(MaskError, match="expected impl to be one of auto, static, reference"):
+        tile_attention(q, k, v, MASK, LAYOUT, impl="fastest")
+    meta = [x.to("meta") for x in inputs()]
+    with pytest.raises(MaskError, match="expected impl"):
+        tile_attention(*meta, MASK, LAYOUT, impl="fastest")
+    with pytest.raises(UnsupportedInputError, match="impl='triton'"):
+        tile_attention(*meta, MASK, LAYOUT, impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("impl", "device", "seq_len", "expected"),
+    [
+        ("flex", "cpu", 10, "flex"),
+        ("static", "cuda", 128, "masked"),
+        ("static", "cuda", 129, "decomposed"),
+        ("auto", "cuda", 128, "masked"),
+        ("auto", "cuda", 10**5, "auto"),
+        ("auto", "cpu", 1024, "auto"),
+        ("auto", "cpu", 1025, "decomposed"),
+    ],
+)
+def test_what_is_known_before_anything_runs(
+    impl: str, device: str, seq_len: int, expected: str
+) -> None:
+    assert dispatch.resolve(impl, torch.device(device), seq_len) == expected
+
+
+def test_density_is_that_of_the_mask() -> None:
+    for rule in (Rule(1), Rule(2, 1, "balanced"), Rule(0, 1)):
+        mask = rule.mask(9)
+        intervals, _ = mask.segments()
+        assert dispatch._density_bucket(intervals, 9) == round(16 * mask.density) / 16
