@@ -18,7 +18,7 @@ def masked_attention(
     model: nn.Module,
     rules: dict[str, Rule],
     layout: TokenLayout | Mapping[str, TokenLayout],
-    backwards: bool = False,
+    order: str = "",
 ) -> Iterator[dict[str, int]]:
     """Run ``model`` eagerly with the rules as dense masks; yields how often each site was masked.
 
@@ -30,7 +30,8 @@ def masked_attention(
         model: the dense model.
         rules: rule per site.
         layout: layout of all sites, or of each.
-        backwards: sum over the keys from the last to the first: the same result but for rounding.
+        order: "backwards" sums over the keys from the last to the first, "rotated" begins in their
+            middle: the same result but for rounding.
     """
     layouts = dict.fromkeys(rules, layout) if isinstance(layout, TokenLayout) else layout
     running: list[str] = []
@@ -49,8 +50,12 @@ def masked_attention(
                 attn_mask = bias.masked_fill(~attn_mask, float("-inf"))
             else:
                 attn_mask = attn_mask + bias
-            if backwards:
+            if order == "backwards":
                 key, value, attn_mask = key.flip(2), value.flip(2), attn_mask.flip(-1)
+            if order == "rotated":
+                half = key.shape[2] // 2
+                key, value = key.roll(half, 2), value.roll(half, 2)
+                attn_mask = attn_mask.roll(half, -1)
         return dense(query, key, value, attn_mask, **kwargs)
 
     handles = []
