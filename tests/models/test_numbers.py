@@ -23,9 +23,9 @@ SPARSE = [case for case in CASES if not case.refused]
 KINDS = ("wan", "cogvideox", "hunyuan", "hunyuan15", "mochi", "helios", "ltx")
 kinds = pytest.mark.parametrize("case", [BY_NAME[name] for name in KINDS], ids=KINDS)
 
-# The same arithmetic but for the order of sums. So the bound is a few times what another order of the
-# keys does to the masked reference, and one rounding of the output (rms 0.2 eps of its size). Errors are
-# root mean squares: in bfloat16 the largest is that of a single unlucky rounding.
+# The same arithmetic but for the order of sums. So the bound is a few times what another order of
+# the keys does to the masked reference, and one rounding of the output (rms 0.2 eps of its size).
+# Errors are root mean squares: in bfloat16 the largest is that of a single unlucky rounding.
 REORDERED, ROUNDED = 3, 0.2
 # Inductor also fuses and reorders the rest of the model.
 FUSED = 4
