@@ -24,12 +24,12 @@ def check_inputs(
         MaskError: if shapes, layout or attn_mask do not fit together.
         UnsupportedInputError: if a dtype or head_dim is not supported, or devices differ.
     """
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+    if not q.dim() == k.dim() == v.dim() == 4 or any(map(_differ, k.shape, v.shape)):
         raise MaskError(
             "expected q, k, v [batch, heads, seq, head_dim] with k and v alike, "
             f"got {_shapes(q, k, v)}"
         )
-    if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+    if any(_differ(q.shape[dim], k.shape[dim]) for dim in (0, 2, 3)):
         raise MaskError(
             "expected q and k with equal batch, seq and head_dim (self-attention), "
             f"got {_shapes(q, k, v)}"
@@ -39,7 +39,7 @@ def check_inputs(
             "expected the heads of q to be a multiple of those of k, "
             f"got {q.shape[1]} and {k.shape[1]}"
         )
-    if q.shape[2] != geometry.seq_len or min(geometry.frames, geometry.tokens) < 1:
+    if _differ(q.shape[2], geometry.seq_len) or min(geometry.frames, geometry.tokens) < 1:
         raise MaskError(
             f"expected seq = prefix + frames * tokens_per_frame + suffix = {geometry.prefix} + "
             f"{geometry.frames} * {geometry.tokens} + {geometry.suffix} = {geometry.seq_len}, "
@@ -93,7 +93,7 @@ def _check_attn_mask(q: Tensor, attn_mask: Tensor) -> None:
     batch, heads, seq = q.shape[:3]
     shape = tuple(attn_mask.shape)
     fits = len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, heads)
-    if not fits or shape[2:] != (1, seq):
+    if not fits or shape[2] != 1 or _differ(shape[3], seq):
         raise MaskError(
             f"expected a key-padding attn_mask [{batch} or 1, {heads} or 1, 1, {seq}], got "
             f"{list(shape)}; a mask that depends on the query cannot be combined with a tile mask"
@@ -106,3 +106,11 @@ def _check_attn_mask(q: Tensor, attn_mask: Tensor) -> None:
 
 def _shapes(*tensors: Tensor) -> str:
     return ", ".join(str(list(x.shape)) for x in tensors)
+
+
+def _differ(a: int, b: int) -> bool:
+    """Whether two sizes differ. While tracing, what only the run can tell is left to the run."""
+    difference = a - b
+    if isinstance(difference, torch.SymInt) and not difference.node.has_hint():
+        return False
+    return difference != 0

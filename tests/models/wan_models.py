@@ -69,7 +69,7 @@ def wan_animate(shape: Shape) -> dict[str, Any]:
         motion_encoder_dim=16,
         face_encoder_hidden_dim=16,
         face_encoder_num_heads=2,
-        inject_face_latents_blocks=2,
+        inject_face_latents_blocks=shape.layers,  # one face adapter
     )
 
 
