@@ -80,6 +80,34 @@ def test_without_segments_the_wrapped_solver_itself_steps(name):
 
 
 @names
+def test_the_shortened_schedule_is_whole(name):
+    """Noising, input scaling and the wrapped solver see the same levels as the segments' steps."""
+    few = FewStepScheduler(first_order(name), steps=6, segments=6, placement="log_snr")
+    reducer = FewStepScheduler(first_order(name), steps=6, placement="log_snr")
+    few.set_timesteps(50)
+    reducer.set_timesteps(50)
+    clean, fresh = noise(4, torch.float32), noise(5, torch.float32)
+    for point, timestep in enumerate(few.timesteps):
+        noised = (
+            few.scale_noise(clean, timestep.repeat(2), fresh)
+            if hasattr(few, "scale_noise")
+            else few.add_noise(clean, fresh, timestep.repeat(2))
+        )
+        alpha, sigma = level(few, point)
+        assert torch.allclose(noised, alpha * clean + sigma * fresh, rtol=1e-5, atol=1e-5)
+    ours = theirs = start_of(few).float()
+    for timestep in few.timesteps:
+        for scheduler in (few, reducer):
+            if hasattr(scheduler, "scale_model_input"):
+                scheduler.scale_model_input(ours, timestep)
+        output = torch.tanh(1.3 * theirs) + 0.1
+        ours = few.step(output, timestep, ours).prev_sample
+        theirs = reducer.step(output, timestep, theirs).prev_sample
+        size = theirs.abs().max() + output.abs().max()
+        assert float((ours - theirs).abs().max()) <= 1e-4 * size
+
+
+@names
 @settings(max_examples=10)
 @given(segments=st.integers(1, 12), std=st.floats(0.1, 3.0), mean=st.floats(-2, 2))
 def test_exact_for_a_consistency_model_of_gaussian_data(name, segments, std, mean):
