@@ -3,11 +3,12 @@
 Clips are compared with those of the long schedule from the same noise. Positions are measured on
 other prompts and noises. "naive" asks the pipeline's own scheduler for fewer steps.
 
-    python benchmarks/few_steps.py
+    python benchmarks/few_steps.py && python benchmarks/few_steps.py --quote
 """
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from evdit_opt.sampling.placement import best_placement
 from evdit_opt.versions import installed_versions
 
 OUTPUT = Path("benchmarks/results/cpu/few_steps.json")
+PAGE = Path("docs/few_steps.md")
+BLOCK = re.compile(r"(<!-- measured: .*? -->\n).*?(<!-- /measured -->)", re.DOTALL)
 
 
 def main() -> None:
@@ -35,7 +38,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--seed", type=int, default=6000)
     parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--quote", action="store_true", help="put the result into the page")
     arguments = parser.parse_args()
+    if arguments.quote:
+        PAGE.write_text(quote(PAGE.read_text(), json.loads(arguments.output.read_text())))
+        return
 
     start = time.process_time()
     full, pipe = arguments.full_steps, load_tinywan()
@@ -106,6 +113,33 @@ def main() -> None:
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def quote(page: str, result: dict[str, Any]) -> str:
+    """docs/few_steps.md with this result in it."""
+    text = (
+        f"{result['clips']} held-out clips, compared with the {result['full_steps']}-step Euler "
+        "clips of the same noise; mean ± standard error.\n"
+        f"Positions were measured on {result['calibration_prompts']} other prompts, on Euler's "
+        'trajectory also for UniPC. "naive" asks the\nwrapped scheduler for fewer steps.\n\n'
+    )
+    return BLOCK.sub(lambda match: f"{match[1]}{text}{table(result)}\n{match[2]}", page)
+
+
+def table(result: dict[str, Any]) -> str:
+    """One row for each run."""
+    lines = [
+        "| steps | solver | placement | noise levels | PSNR dB | SSIM | flicker / long |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        levels = " ".join(f"{sigma:.2f}" for sigma in row["sigmas"][:-1])
+        error = row["psnr_db_stderr"]  # none for a single clip
+        psnr = f"{row['psnr_db']:.1f}" + ("" if error is None else f" ± {error:.1f}")
+        cells = (row["steps"], row["solver"], row["placement"], levels, psnr)
+        flicker = "" if row["flicker_ratio"] is None else f"{row['flicker_ratio']:.2f}"
+        lines.append(f"| {' | '.join(map(str, cells))} | {row['ssim']:.3f} | {flicker} |")
+    return "\n".join(lines)
 
 
 @torch.no_grad()
