@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator
 
 from torch import fx
 
+from evdit_opt.passes.canonicalize_aten import canonicalize_aten
 from evdit_opt.passes.canonicalize_mask import canonicalize_mask
+from evdit_opt.passes.canonicalize_mha import canonicalize_mha
 from evdit_opt.passes.canonicalize_softmax import canonicalize_softmax
 from evdit_opt.passes.graph import subgraphs
 from evdit_opt.passes.stand_in import StandIn
@@ -12,6 +14,8 @@ from evdit_opt.passes.stand_in import StandIn
 __all__ = ["canonicalize_attention", "canonicalize_graph"]
 
 FORMS: tuple[Callable[[fx.Graph], Iterator[StandIn]], ...] = (
+    canonicalize_aten,
+    canonicalize_mha,
     canonicalize_softmax,
     canonicalize_mask,
 )

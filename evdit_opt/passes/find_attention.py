@@ -22,6 +22,7 @@ from evdit_opt.passes.graph import (
     copy_graph,
     is_attention,
     layer_fqn,
+    operation,
     read_attention,
     subgraphs,
     value_of,
@@ -194,7 +195,7 @@ def _classify_call(
         or ("its module is unknown, Dynamo lost the name" if not layer else "")
         or _not_self(attention, origins, shared)
         or _not_video(shared, videos)
-        or _folded(q, batch)
+        or _folded(q, batch, origins[0], shared)
     )
     return AttentionSite(
         name=layer or "" if reason else _owner(layer or "", origins, shared, names),
@@ -233,11 +234,22 @@ def _not_video(shared: Sequence[fx.Node], videos: Set[fx.Node]) -> str:
     return "" if any(node in videos for node in feeds) else "does not descend from the video input"
 
 
-def _folded(q: torch.Tensor, batch: int) -> str:
-    size = _known(q.shape[0])
-    if size is not None and size > batch:
-        return f"frames or positions are folded into the batch ({size} instead of {batch})"
-    return ""
+def _folded(q: torch.Tensor, batch: int, origin: Origin, shared: Sequence[fx.Node]) -> str:
+    size, length = _known(q.shape[0]), _known(q.shape[-2])
+    if size is None or size <= batch:
+        return ""
+    # Heads may be folded into the batch; then the hidden states hold no more sequences than that.
+    tokens = min(_tokens(root, origin.projections[root][0]) for root in shared)
+    if length and tokens <= batch * length:
+        return ""
+    return f"frames or positions are folded into the batch ({size} instead of {batch})"
+
+
+def _tokens(states: fx.Node, projection: fx.Node) -> int:
+    """Tokens of all samples in hidden states, whatever their order of dimensions."""
+    value = value_of(states)
+    channels = value.shape[1 if operation(projection).startswith("conv") else -1]
+    return int(value.numel() // channels)
 
 
 def _owner(

@@ -196,5 +196,10 @@ def _mark_input(
         )
     facts = site.facts
     if "hidden_states" in kwargs:
-        return args, {**kwargs, "hidden_states": MARK(kwargs["hidden_states"], *facts)}
-    return (MARK(args[0], *facts), *args[1:]), kwargs
+        x = kwargs["hidden_states"]
+    else:
+        x = args[0] if args else next(iter(kwargs.values()))
+    marked = MARK(x, *facts)
+    # Self-attention may be handed the same tensor three times, as query, key and value.
+    args = tuple(marked if value is x else value for value in args)
+    return args, {name: marked if value is x else value for name, value in kwargs.items()}

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from evdit_opt.errors import PlanMismatchError
 from evdit_opt.passes.decide_site import SiteOutcome, decide
 from evdit_opt.passes.graph import (
+    LEFT_ALONE,
     attention_calls,
     insert_call,
     is_attention,
@@ -69,7 +70,7 @@ def swap_attention(
             spec = facts_of(mark).spec
             name = layer_fqn(mark, names) or (sharing or {}).get(spec) or "a site without a name"
             if not calls:
-                raise PlanMismatchError(_nothing_to_rewrite(name, body.graph))
+                raise PlanMismatchError(_nothing_to_rewrite(name, mark, body.graph))
             if not _has_residual(mark, calls, name):
                 missing[name] = value_of(calls[0])
                 continue
@@ -130,8 +131,15 @@ def _marks_behind(node: fx.Node) -> set[fx.Node]:
     return {found for found in walk_back([node], stop) if found.target in MARKS}
 
 
-def _nothing_to_rewrite(name: str, graph: fx.Graph) -> str:
+def _nothing_to_rewrite(name: str, mark: fx.Node, graph: fx.Graph) -> str:
     attentions = sum(is_attention(node) for node in graph.nodes)
+    for node in graph.nodes:
+        if LEFT_ALONE in node.meta and _marks_behind(node) == {mark}:
+            return (
+                f"expected at {name} an attention that can be made sparse, got one that is spelled "
+                f"out: {node.meta[LEFT_ALONE]}; set this site's rule to null in the plan to leave "
+                "it dense"
+            )
     return (
         f"expected {name} to compute its attention from its own hidden states in the graph Dynamo "
         f"made, found no such attention among the {attentions} in this graph; the site was not "

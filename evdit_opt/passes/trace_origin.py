@@ -1,18 +1,16 @@
 """Where q, k and v come from: the hidden states that the first linears behind them project."""
 
-import operator
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
-from evdit_opt.passes.graph import is_attention, tensor_inputs, walk_back
+from evdit_opt.passes.graph import is_attention, operation, tensor_inputs, walk_back
 
 __all__ = ["Origin", "common_origin", "is_parameter", "projected", "trace_origin"]
 
 PROJECTIONS = frozenset(
-    {F.linear, torch.addmm, torch.matmul, operator.matmul, torch.conv1d, torch.conv2d, torch.conv3d}
+    "linear addmm mm bmm baddbmm matmul einsum conv1d conv2d conv3d convolution".split()
 )
 
 
@@ -71,12 +69,24 @@ def projected(node: fx.Node) -> fx.Node | None:
     if node.op == "call_module":
         inputs = tensor_inputs(node)
         return inputs[0] if len(inputs) == 1 else None
-    if node.op != "call_function" or node.target not in PROJECTIONS:
+    name = operation(node)
+    if name not in PROJECTIONS:
         return None
-    activations = [x for x in tensor_inputs(node) if not is_parameter(x)]
+    activations = [x for x in tensor_inputs(node) if not _is_weight(x)]
     # A product of two activations (rotary embeddings, ...) is no projection. A weight may be
     # computed (merged adapters, dequantisation), so F.linear's first argument always counts.
-    if node.target is F.linear:
+    if name == "linear":
         first = node.args[0] if node.args else node.kwargs["input"]
         return first if isinstance(first, fx.Node) else None
     return activations[0] if len(activations) == 1 else None
+
+
+def _is_weight(node: fx.Node) -> bool:
+    """True for a trained parameter, and for what is made of such alone (transposed, unpacked).
+
+    Buffers do not count: queries multiplied by a table of rotations are not projected by it.
+    """
+    leaves = [x for x in walk_back([node], lambda _: False) if not x.all_input_nodes]
+    return bool(leaves) and all(
+        is_parameter(x) and "_buffers_" not in str(x.target) for x in leaves
+    )

@@ -1,6 +1,6 @@
 """A video transformer of a few lines, quick to trace, for what does not depend on a real model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -33,9 +33,9 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, attention: Callable[[int], nn.Module]) -> None:
         super().__init__()
-        self.attn1, self.attn2 = Attention(dim), Attention(dim)
+        self.attn1, self.attn2 = attention(dim), attention(dim)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         x = x + self.attn1(x)
@@ -45,12 +45,18 @@ class Block(nn.Module):
 class ToyDiT(nn.Module):
     """Video tokens only, with cross-attention to text. ``breaks``: Dynamo cannot trace it whole."""
 
-    def __init__(self, layers: int = 2, dim: int = 16, breaks: bool = False) -> None:
+    def __init__(
+        self,
+        layers: int = 2,
+        dim: int = 16,
+        breaks: bool = False,
+        attention: Callable[[int], nn.Module] = Attention,
+    ) -> None:
         super().__init__()
         self.breaks, self.checkpoint = breaks, False
         self.embed = nn.Conv3d(4, dim, (1, 2, 2), stride=(1, 2, 2))
         self.text = nn.Linear(8, dim)
-        self.blocks = nn.ModuleList(Block(dim) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(dim, attention) for _ in range(layers))
 
     def forward(self, hidden_states: Tensor, text: Tensor) -> Tensor:
         x = self.embed(hidden_states).flatten(2).transpose(1, 2)

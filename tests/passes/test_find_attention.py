@@ -97,6 +97,30 @@ def test_factorised_attention_is_not(folded: str) -> None:
     assert "folded into the batch" in only(build).reason
 
 
+def test_heads_in_the_batch_are_not_frames_in_the_batch() -> None:
+    build, x, _ = start()
+    q, k, v = (
+        build.call(
+            torch.unsqueeze, build.call(torch.flatten, build.heads(build.linear(x)), 0, 1), 1
+        )
+        for _ in "qkv"
+    )
+    build.call(torch.nn.functional.scaled_dot_product_attention, q, k, v)
+    found = only(build)
+    assert found.is_site
+    assert (found.batch, found.heads) == (2, 1)
+
+
+def test_frames_folded_after_the_projection_are_seen() -> None:
+    build, x, _ = start()
+    q, k, v = (
+        build.heads(build.call(torch.reshape, build.linear(x), (FRAMES, HEIGHT * WIDTH, 16)))
+        for _ in "qkv"
+    )
+    build.call(torch.nn.functional.scaled_dot_product_attention, q, k, v)
+    assert "folded into the batch" in only(build).reason
+
+
 def test_attention_sample_by_sample_is_a_site() -> None:
     build, x, _ = start(batch=2)
     build.attend(build.call(operator.getitem, x, slice(0, 1)))

@@ -1,5 +1,7 @@
 """Where q, k and v come from."""
 
+import operator
+
 import torch
 
 from evdit_opt.passes.trace_origin import common_origin, is_parameter, trace_origin
@@ -49,3 +51,17 @@ def test_weights_are_told_from_inputs() -> None:
     build, x = start()
     assert not is_parameter(x)
     assert is_parameter(build.weight(3))
+
+
+def test_a_table_of_rotations_is_no_projection_and_a_packed_weight_is() -> None:
+    build, x = start()
+    table = build.input("l_self_buffers_rope_", 24, 16, 16)
+    rotated = build.call(torch.einsum, "bsd,sde->bse", build.linear(x), table)
+    assert trace_origin(rotated).roots == {x}
+    packed = build.call(torch.Tensor.unbind, build.weight(3, 16, 16))
+    weight = build.call(operator.getitem, packed, 0)
+    for product in (
+        build.call(torch.einsum, "bsd,de->bse", x, weight),
+        build.call(torch.matmul, x, build.call(torch.transpose, weight, 0, 1)),
+    ):
+        assert trace_origin(product).roots == {x}
