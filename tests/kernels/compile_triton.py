@@ -36,6 +36,7 @@ def build(
     head_dim: int,
     dtype: torch.dtype = torch.bfloat16,
     masked: bool = False,
+    grouped: bool = False,
     strides: str = "i32",
     use_tma: bool = False,
     config: LaunchConfig | None = None,
@@ -49,6 +50,7 @@ def build(
         head_dim: of q, k and v.
         dtype: of q, k and v.
         masked: with a padding mask and weights.
+        grouped: with several query heads a key head.
         strides: integer type of the strides; the launcher takes "i64" from 2**31.
         use_tma: the default configuration, but with TMA.
         config: None is the committed default.
@@ -65,6 +67,8 @@ def build(
     }  # fmt: skip
     if not masked:
         constants["bias_ptr"] = None
+    if not grouped:
+        constants["heads_per_key_head"] = 1  # the launcher makes every 1 a constant
     if kernel == "forward":
         constants["USE_TMA"] = config.use_tma
         for name in ("k_tma_0", "k_tma_1", "v_tma_0", "v_tma_1"):

@@ -56,7 +56,7 @@ def check(builds: list[Build]) -> None:
     assert len(results) == len(builds)
     print("\nchip  kernel   head_dim  registers  shared KiB  spilled  Triton")
     for r in results:
-        kind = " masked" * r.get("masked", False) + " tma" * r.get("use_tma", False)
+        kind = "".join(f" {name}" for name in ("masked", "grouped", "use_tma") if r.get(name))
         kind += f" {r.get('strides', '')}"
         print(
             f"{r['capability']:4}  {r['kernel']:7}  {r['head_dim']:8}  {r['registers']:9}  "
@@ -76,10 +76,16 @@ def test_defaults(capability: int) -> None:
     check([*builds, {"kernel": "forward", "capability": capability, "head_dim": 256}])
 
 
-def test_padding_masks_and_weights() -> None:
+def test_padding_masks_weights_and_groups() -> None:
     check(
         [
-            {"kernel": kernel, "capability": 90, "head_dim": head_dim, "masked": True}
+            {
+                "kernel": kernel,
+                "capability": 90,
+                "head_dim": head_dim,
+                "masked": True,
+                "grouped": True,
+            }
             for kernel in KERNELS
             for head_dim in HEAD_DIMS
         ]
@@ -118,10 +124,10 @@ def test_every_default_fits(capability: int, dtype: str) -> None:
     results = compile_all(
         [
             {"kernel": kernel, "capability": capability, "head_dim": head_dim, "dtype": dtype,
-             "masked": masked}
+             "masked": more, "grouped": more}
             for kernel in KERNELS
             for head_dim in (16, 64, 72, 96, 128, 160, 192, 256)
-            for masked in (False, True)
+            for more in (False, True)
         ]
     )  # fmt: skip
     limit = SHARED_KIB[family(divmod(capability, 10))] * 1024
