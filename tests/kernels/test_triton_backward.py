@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -91,6 +92,21 @@ def test_the_same_bits_twice() -> None:
     q, k, v, attn_mask = CASE.tensors()
     first, second = (gradients([q, k, v], CASE.mask, CASE.layout, attn_mask) for _ in range(2))
     assert all(map(torch.equal, first, second))
+
+
+def test_offsets_past_32_bits(tmp_path: Path) -> None:
+    """One sparse file of 4.3 GiB: 260 tokens lie 2**23 elements apart, q, k and v in between."""
+    layout, stride = TokenLayout(VideoGrid(4, 65, 1)), 1 << 23
+    size = layout.seq_len * stride
+    assert size > 2**31
+    memory = torch.from_file(str(tmp_path / "x"), shared=True, size=size, dtype=torch.float16)
+    far = [
+        memory.as_strided((1, 1, layout.seq_len, 16), (size, size, stride, 1), offset)
+        for offset in (0, 1024, 2048)
+    ]
+    near = [x.copy_(torch.randn(x.shape)).contiguous() for x in far]
+    both = zip(*(gradients(x, Rule(1).mask(4), layout) for x in (far, near)), strict=True)
+    assert all(torch.equal(*pair) for pair in both)
 
 
 def test_nothing_quadratic_is_allocated() -> None:

@@ -61,6 +61,14 @@ def test_other_block_sizes(block_m: int, block_n: int) -> None:
         check_forward(dataclasses.replace(CASE, layout=layout, padding="none", kind="transposed"))
 
 
+def test_a_frame_of_cogvideox() -> None:
+    """1,350 tokens: 21 blocks of 64 and 6 tokens."""
+    layout = TokenLayout(VideoGrid(2, 1350, 1), prefix=10)
+    check_forward(
+        dataclasses.replace(CASE, mask=Rule(0).mask(2), layout=layout, head_dim=64, padding="none")
+    )
+
+
 @pytest.fixture
 def tma() -> Iterator[None]:
     config = dataclasses.replace(triton_launch.INTERPRETER_CONFIG, use_tma=True)

@@ -89,6 +89,32 @@ def test_any_mask(mask: TileMask, tokens: int, prefix: int, suffix: int, block: 
     check(mask, geometry, block)
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["queries", "keys"])
+@pytest.mark.parametrize("tokens", [1, 7, 1350, 1560, 3600])
+def test_frames_of_real_models(tokens: int, transposed: bool) -> None:
+    """Token by token at the borders of frames, where blocks of 128 do not fit."""
+    mask = Rule(2, 1, "balanced").mask(7)
+    geometry = Geometry(frames=7, tokens=tokens, prefix=226, suffix=77)
+    tables = tables_of(mask, geometry, 128, transposed)
+    ranges = tables.ranges.tolist()
+    seq, text = geometry.seq_len, 226
+    frame = np.full(seq, -1)
+    frame[text : text + 7 * tokens] = np.repeat(np.arange(7), tokens)
+    table = np.zeros((8, 8))
+    table[:7, :7] = np.array(mask.rows).T if transposed else np.array(mask.rows)
+    borders = {text + i * tokens + offset for i in range(8) for offset in (-1, 0)}
+    for token in sorted(borders | {0, seq - 1}):
+        (tile,) = [t for t in tables.tiles.tolist() if t[0] <= token < t[1]]
+        assert tile[1] - tile[0] <= 128
+        met = np.full(seq, -np.inf)
+        for (start, stop), weight in zip(
+            ranges[tile[2] : tile[3]], tables.weights[tile[2] : tile[3]].tolist(), strict=True
+        ):
+            assert np.isneginf(met[start:stop]).all()
+            met[start:stop] = weight
+        np.testing.assert_array_equal(met, table[frame[token]][frame])
+
+
 def test_a_key_that_no_query_sees_has_no_range() -> None:
     mask = TileMask(((0.0, -math.inf), (0.0, -math.inf)))
     geometry = Geometry(frames=2, tokens=4, prefix=0, suffix=0)
