@@ -14,8 +14,9 @@ import gc
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -79,8 +80,18 @@ class Suite:
             torch.cuda.empty_cache()
 
 
+def fused(suite: Suite) -> bool:
+    """Whether Triton's kernels run: on a GPU, or tiny shapes in its interpreter."""
+    if suite.device == "cuda":
+        return True
+    from evdit_opt.kernels.triton_launch import is_interpreted
+
+    return suite.tiny and is_interpreted()
+
+
 def implementations(suite: Suite) -> tuple[str, ...]:
-    return ("decomposed", "triton") if suite.device == "cuda" else ("decomposed",)
+    """Implementations that are timed and judged."""
+    return ("decomposed", "triton") if fused(suite) else ("decomposed",)
 
 
 def attention_rows(suite: Suite, shape: Shape, backward: bool) -> None:
@@ -225,54 +236,62 @@ def part_memory(suite: Suite) -> None:
         suite.rows.add(f"memory/{shape.name}", {"rule": name, "bytes": peaks})
 
 
-def launch_configs() -> Iterator[Any]:
-    """Block sizes and launch options worth a try on Hopper, without those that cannot win."""
-    from evdit_opt.kernels.triton_forward import LaunchConfig
-
-    for block_m, block_n, warps in ((128, 64, 8), (128, 128, 8), (128, 32, 4), (64, 64, 4),
-                                    (64, 128, 4), (128, 64, 4), (256, 64, 8)):  # fmt: skip
-        for stages in (2, 3, 4):
-            yield LaunchConfig(block_m=block_m, block_n=block_n, num_warps=warps, num_stages=stages)
-
-
 def part_sweep(suite: Suite) -> None:
-    """The fused forward kernel under other block sizes: what the committed defaults should be."""
-    if suite.device != "cuda":
+    """The fused kernels under every configuration worth timing: what their defaults should be."""
+    if not fused(suite):
         return
-    from triton.errors import TritonError
-
-    from evdit_opt.kernels import triton_forward
-    from evdit_opt.kernels.geometry import Geometry
-
     seen: set[int] = set()
     for shape in suite.shapes:
         name, mask = next(iter(shape.masks().items()))
-        if shape.head_dim in seen or not suite.due([f"sweep/{shape.name}"]):
+        if shape.head_dim in seen:
             continue
         seen.add(shape.head_dim)
+        for kernel in ("forward", "grad_q", "grad_kv"):
+            if suite.due([f"sweep/{shape.name}/{kernel}"]):
+                suite.take_time(partial(sweep, suite, shape, name, mask, kernel))
 
-        def run(shape: Shape = shape, name: str = name, mask: TileMask = mask) -> None:
-            inputs = contenders.make_inputs(shape, suite.dtype, suite.device)
-            geometry = Geometry(
-                frames=shape.frames, tokens=shape.tokens, prefix=shape.prefix, suffix=shape.suffix
-            )
-            arguments = (*inputs, None, *mask.segments(), geometry, shape.head_dim**-0.5)
-            calls, failed = {}, {}
-            for config in launch_configs():
-                text = (f"{config.block_m}x{config.block_n} warps {config.num_warps} "
-                        f"stages {config.num_stages}")  # fmt: skip
-                call = lambda config=config: triton_forward.forward(*arguments, config)  # noqa: E731
-                try:
-                    call()
-                    calls[text] = call
-                except (TritonError, RuntimeError) as error:
-                    failed[text] = str(error).splitlines()[0][:200]
-            seconds = interleaved(calls, suite.rounds, suite.device, give_up=GIVE_UP)
-            times = {text: 1e3 * median(own) for text, own in seconds.items()}
-            ordered = dict(sorted(times.items(), key=lambda item: item[1]))
-            suite.rows.add(f"sweep/{shape.name}", {"rule": name, "ms": ordered, "cannot": failed})
 
-        suite.take_time(run)
+def sweep(suite: Suite, shape: Shape, name: str, mask: TileMask, kernel: str) -> None:
+    """One kernel: the forward pass, or the whole backward pass with only this kernel changed."""
+    from triton.errors import TritonError
+
+    from evdit_opt.kernels import triton_backward, triton_forward
+    from evdit_opt.kernels.geometry import Geometry
+    from evdit_opt.kernels.triton_configs import LaunchConfig, candidates
+
+    inputs = contenders.make_inputs(shape, suite.dtype, suite.device)
+    geometry = Geometry(
+        frames=shape.frames, tokens=shape.tokens, prefix=shape.prefix, suffix=shape.suffix
+    )
+    arguments = (None, *mask.segments(), geometry, shape.head_dim**-0.5)
+    result = triton_forward.forward(*inputs, *arguments)
+    grad = torch.randn_like(result[0])
+
+    def call(config: LaunchConfig) -> object:
+        if kernel == "forward":
+            return triton_forward.forward(*inputs, *arguments, config)
+        return triton_backward.backward(
+            grad, *inputs, *result, *arguments, **{f"{kernel}_config": config}
+        )
+
+    capability = torch.cuda.get_device_capability() if suite.device == "cuda" else (9, 0)
+    configs = candidates(kernel, capability, shape.head_dim, torch.bfloat16)
+    calls: dict[str, Callable[[], object]] = {}
+    failed = {}
+    for config in configs[:2] if suite.tiny else configs:
+        text = (f"{config.block_m}x{config.block_n} warps {config.num_warps} stages "
+                f"{config.num_stages}{' TMA' if config.use_tma else ''}")  # fmt: skip
+        try:
+            call(config)
+            calls[text] = partial(call, config)
+        except (TritonError, RuntimeError) as error:
+            failed[text] = str(error).splitlines()[0][:200]
+    seconds = interleaved(calls, suite.rounds, suite.device, give_up=GIVE_UP)
+    times = {text: 1e3 * median(own) for text, own in seconds.items()}
+    suite.rows.add(f"sweep/{shape.name}/{kernel}", {
+        "rule": name, "default": next(iter(calls)), "cannot": failed,
+        "ms": dict(sorted(times.items(), key=lambda item: item[1])),
+    })  # fmt: skip
 
 
 def part_step(suite: Suite) -> None:

@@ -31,17 +31,20 @@ def test_every_part_runs_and_finished_rows_are_kept(tmp_path: Path) -> None:
     rows = run(output)
     expected = [f"{kind}/{shape.name}/{name}" for kind in ("forward", "backward")
                 for shape in TINY for name in shape.masks()]  # fmt: skip
-    assert rows.names() == [*expected, "step"]
+    sweeps = [f"sweep/tiny/{kernel}" for kernel in ("forward", "grad_q", "grad_kv")]
+    assert rows.names() == [*expected, "step", *sweeps]
+    assert all(len(rows[name]["ms"]) == 2 and not rows[name]["cannot"] for name in sweeps)
     for name in expected:
         row = rows[name]
         assert row["fastest_dense"] == "dense"
+        assert not row["cannot"]
         own, dense = row["results"]["decomposed"], row["results"]["dense"]
         assert own["of_ideal"] == pytest.approx(dense["ms"] / own["ms"] * row["density"])
-        errors = row["errors"]["decomposed"]
-        assert set(errors) == {"out"} | (
-            {"grad_q", "grad_k", "grad_v"} if name.startswith("backward") else set()
-        )
-        assert max(errors.values()) < 1e-5  # float32
+        for errors in (row["errors"]["decomposed"], row["errors"]["triton"]):
+            assert set(errors) == {"out"} | (
+                {"grad_q", "grad_k", "grad_v"} if name.startswith("backward") else set()
+            )
+            assert max(errors.values()) < 1e-5  # float32
     assert rows["step"]["sites"] == 2
     written = output.read_text()
     with mock.patch.object(gpu_suite, "interleaved", side_effect=AssertionError("measured again")):
