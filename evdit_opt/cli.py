@@ -1,5 +1,8 @@
 """The ``evdit`` command."""
 
+import contextlib
+import enum
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +24,14 @@ app = typer.Typer(
 console = Console()
 
 
+class Precision(enum.Enum):
+    """What a model may be inspected in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Option(help="Where videos, pictures and numbers go.")] = Path(
@@ -39,23 +50,57 @@ def demo(
 @app.command()
 def inspect(
     model: Annotated[
-        str, typer.Argument(help="'tinywan', a pipeline folder, or a Hugging Face model id.")
+        str,
+        typer.Argument(
+            help="'tinywan', a pipeline's folder or Hugging Face id, a transformer's folder, or "
+            "module:factory (returns a pipeline, or a module and the kwargs of a call)."
+        ),
     ],
     frames: Annotated[
-        int | None, typer.Option(help="Video frames to generate, in pixels' time.")
+        int | None, typer.Option(min=1, help="Frames of the video; of the latents for a folder.")
     ] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels; latent rows.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels; latent columns.")] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Any prompt; only the first denoiser call runs.")
     ] = None,
+    grid: Annotated[
+        tuple[int, int, int] | None,
+        typer.Option(help="Latent frames, rows and columns in tokens, if the call does not tell."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where to run, such as cuda.")] = None,
+    dtype: Annotated[
+        Precision | None, typer.Option(help="What to run in; as loaded if left out.")
+    ] = None,
+    timing: Annotated[
+        bool, typer.Option(help="Compile the call twice to time it with and without attention.")
+    ] = True,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
+    ] = False,
 ) -> None:
-    """List every attention of a model: which can be sparse, in what token layout, or why not."""
-    from evdit_opt.inspection import inspect_pipeline
+    """List every attention of a model: which can be sparse or why not, and what that could win."""
+    import torch
+
+    from evdit_opt.grid import VideoGrid
+    from evdit_opt.inspection import examine, load_target
+    from evdit_opt.inspection import show as describe
 
     sizes = {"num_frames": frames, "height": height, "width": width}
-    kwargs = {name: value for name, value in sizes.items() if value is not None}
-    _or_exit(lambda: console.print(inspect_pipeline(model, prompt, kwargs)))
+    given = {name: value for name, value in sizes.items() if value is not None}
+
+    def run() -> None:
+        # Whatever libraries and factories print must not get between the lines of the result.
+        with contextlib.redirect_stdout(sys.stderr):
+            precision = None if dtype is None else getattr(torch, dtype.value)
+            denoiser = load_target(model, prompt, given, device, precision)
+            found = examine(model, denoiser, VideoGrid(*grid) if grid else None, timing)
+        if as_json:
+            sys.stdout.write(found.to_json())
+        else:
+            console.print(describe(found))
+
+    _or_exit(run)
 
 
 @app.command()

@@ -8,6 +8,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ __all__ = [
     "Item",
     "as_denoiser",
     "config_hash",
+    "config_value",
     "denoiser_of",
     "first_call",
     "load_pipeline",
+    "load_transformer",
     "output_tensor",
     "require_finite",
 ]
@@ -118,6 +121,29 @@ def load_pipeline(name: str) -> Any:
     except (OSError, ValueError) as error:
         raise UnsupportedInputError(
             f"expected a folder or Hugging Face id of a diffusers pipeline, got {name!r}: {error}"
+        ) from error
+
+
+def load_transformer(folder: Path) -> nn.Module:
+    """Load one transformer from a folder with a ``config.json``.
+
+    A folder without weights gives random ones: sites, layouts and times do not depend on them.
+
+    Raises:
+        UnsupportedInputError: if diffusers cannot load it.
+    """
+    import diffusers
+
+    try:
+        name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
+        kind: Any = getattr(diffusers, name)
+        if any(folder.glob("*.safetensors*")) or any(folder.glob("*.bin*")):
+            return kind.from_pretrained(folder).eval()
+        return kind.from_config(kind.load_config(folder)).eval()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UnsupportedInputError(
+            f"expected {folder} to hold a transformer of diffusers, with its class in config.json "
+            f"as _class_name, got {type(error).__name__}: {error}"
         ) from error
 
 
@@ -223,6 +249,12 @@ def _first_video(output: object, pipe: object) -> torch.Tensor:
         )
     video = torch.as_tensor(frames[0])
     return video / 255 if video.dtype == torch.uint8 else video
+
+
+def config_value(model: nn.Module, name: str) -> Any:
+    """An entry of a model's configuration; None if it has none of that name."""
+    config = getattr(model, "config", None)
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
 
 
 def config_hash(model: nn.Module) -> str:

@@ -1,8 +1,10 @@
 """The evdit command: help a newcomer understands, plans printed, errors in one line."""
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from evdit_opt.cli import app
@@ -46,3 +48,30 @@ def test_inspecting_what_is_no_pipeline_says_so(evdit, tmp_path):
     result = evdit.invoke(app, ["inspect", str(tmp_path)])
     assert result.exit_code == 1
     assert "UnsupportedInputError" in result.stderr
+
+
+def test_inspect_prints_sites_breaks_and_the_bound(evdit):
+    result = evdit.invoke(app, ["inspect", "tests.inspection.toys:good"])
+    torch._dynamo.reset()
+    assert result.exit_code == 0, result.stderr
+    for words in ("blocks.0.attn1", "cross-attention", "one graph", "x faster"):
+        assert words in result.stdout
+    assert "loading a toy" not in result.stdout
+
+
+def test_inspect_json_is_all_there_is_on_stdout(evdit):
+    result = evdit.invoke(app, ["inspect", "tests.inspection.toys:good", "--json", "--no-timing"])
+    torch._dynamo.reset()
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert told["target"] == "tests.inspection.toys:good"
+    assert told["attention"] is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["inspect"], ["inspect", "tinywan", "--frames", "0"], ["inspect", "tinywan", "--dtype", "x"]],
+    ids=["nothing to inspect", "no frames", "no such precision"],
+)
+def test_wrong_usage_is_exit_code_2(evdit, arguments):
+    assert evdit.invoke(app, arguments).exit_code == 2
