@@ -7,6 +7,7 @@ or a softmax in chunks where there is none.
 attention that was cut into pieces is the sum over its pieces, without any merging.
 """
 
+import itertools
 import math
 
 import torch
@@ -109,25 +110,27 @@ def _attend_cpu(
     the cache are read from memory again and again: up to 1.3 times slower (docs/notes/kernels.md).
     """
     keys = k.shape[2]
-    stretch = CPU_KEY_STRETCH if q.shape[2] < CPU_LARGE_TILES else keys
+    if q.shape[2] >= CPU_LARGE_TILES or keys < 1.5 * CPU_KEY_STRETCH:
+        out, lse = _flash_cpu(q, k, v, bias, scale)
+        return _hide_empty(out, lse, bias) if may_be_empty else (out, lse)
+    # A stretch of less than half the length joins the one before it.
+    cuts = [*range(0, keys - CPU_KEY_STRETCH // 2 + 1, CPU_KEY_STRETCH), keys]
     out, lse = q.new_empty(0), q.new_empty(0)
-    for start in range(0, keys, stretch):
-        # A stretch of less than half the length joins the one before it.
-        stop = keys if keys - start < 1.5 * stretch else start + stretch
+    for start, stop in itertools.pairwise(cuts):
         part_bias = None if bias is None else bias[..., start:stop]
-        part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k[:, :, start:stop], v[:, :, start:stop], 0.0, False,
-            attn_mask=_cpu_bias(part_bias, q), scale=scale,
-        )  # fmt: skip
-        if may_be_empty or stretch < keys:
-            part, part_lse = _hide_empty(part, part_lse, part_bias)
-        if start == 0:
-            out, lse = part, part_lse
-        else:
-            out, lse = merge(out, lse, part, part_lse, may_be_empty=bias is not None)
-        if stop == keys:
-            break
+        part = _flash_cpu(q, k[:, :, start:stop], v[:, :, start:stop], part_bias, scale)
+        part = _hide_empty(*part, part_bias)
+        out, lse = merge(out, lse, *part, may_be_empty=bias is not None) if start else part
     return out.to(q.dtype), lse
+
+
+def _flash_cpu(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, False, attn_mask=_cpu_bias(bias, q), scale=scale
+    )
+    return out, lse
 
 
 def _cpu_bias(bias: Tensor | None, q: Tensor) -> Tensor | None:

@@ -13,7 +13,7 @@ from evdit_opt.errors import MaskError, UnsupportedInputError
 from evdit_opt.kernels import autotune, decomposed, decomposed_backward, masked, reference
 from evdit_opt.kernels.geometry import Geometry
 
-__all__ = ["IMPLEMENTATIONS", "backward", "check", "forward", "resolve"]
+__all__ = ["IMPLEMENTATIONS", "backward", "check", "decide", "forward", "resolve"]
 
 IMPLEMENTATIONS = (
     "auto", "static", "reference", "decomposed", "masked", "triton", "flex", "flex_flash",
@@ -69,6 +69,38 @@ def resolve(impl: str, device: torch.device, seq_len: int) -> str:
     if impl == "auto" and device.type == "cpu" and seq_len > SHORT_SEQ:
         return "decomposed"
     return impl
+
+
+def decide(
+    impl: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    intervals: tuple[int, ...],
+    log_weights: tuple[float, ...],
+    geometry: Geometry,
+) -> str:
+    """The implementation a name stands for on tensors like these: a compiler has no real ones.
+
+    Where "auto" would measure at the first call, it is measured now, on random numbers.
+
+    Args:
+        impl: one of ``IMPLEMENTATIONS``.
+        q: as of :func:`forward`, and so is the rest; only sizes, strides, dtype and device count.
+
+    Returns:
+        One of ``IMPLEMENTATIONS``, never "static" or "auto".
+    """
+    impl = resolve(impl, q.device, geometry.seq_len)
+    if impl != "auto":
+        return impl
+    q, k, v = map(_random_like, (q, k, v))
+    if attn_mask is not None:
+        attn_mask = torch.ones(attn_mask.shape, dtype=attn_mask.dtype, device=q.device)
+    arguments = (q, k, v, attn_mask, intervals, log_weights, geometry, q.shape[-1] ** -0.5)
+    names = _candidates(q, geometry)
+    return _fastest("forward", arguments, names, lambda name: _run(name, arguments))
 
 
 def forward(
@@ -135,6 +167,13 @@ def backward(
         names = tuple(name for name in _candidates(q, geometry) if name != "masked")
         impl = _fastest("backward", arguments, names, run)
     return run(impl)
+
+
+def _random_like(x: Tensor) -> Tensor:
+    """Random numbers in the strides of ``x``, which may overlap."""
+    size = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    numbers = torch.randn(size, dtype=x.dtype, device=x.device)
+    return numbers.as_strided(x.shape, x.stride())
 
 
 def _require_name(impl: str) -> None:

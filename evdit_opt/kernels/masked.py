@@ -16,7 +16,7 @@ from evdit_opt.kernels.dense import attend, key_bias, lse_dtype
 from evdit_opt.kernels.geometry import Geometry
 from evdit_opt.masks import TileMask
 
-__all__ = ["MAX_SEQ", "check", "forward"]
+__all__ = ["MAX_SEQ", "attend_pairs", "check", "forward", "pair_bias"]
 
 # Tokens of the longest sequence: its mask takes 16 MiB in float32, and the last few are kept.
 MAX_SEQ = 2048
@@ -53,13 +53,20 @@ def forward(
         UnsupportedInputError: if the sequence is longer than ``MAX_SEQ``.
     """
     check(geometry)
+    # A recorded CUDA graph keeps the address: there, a mask must live as long as the process.
+    keep = pair_bias if q.device.type == "cpu" else _forever
+    bias = keep(intervals, log_weights, geometry, lse_dtype(q.dtype), q.device)
+    return attend_pairs(q, k, v, attn_mask, bias, scale)
+
+
+def attend_pairs(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The call itself, for a ``bias`` ``[1, 1, seq, seq]`` as of ``pair_bias``; can be traced."""
     q_call, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    # A recorded CUDA graph keeps the address: there, a mask must live as long as the process.
-    keep = _recent if q.device.type == "cpu" else _forever
-    bias = keep(intervals, log_weights, geometry, lse_dtype(q.dtype), q.device)
     padding = key_bias(attn_mask, q)
     if padding is not None:
         bias = bias + padding  # [batch | 1, heads | 1, seq, seq]
@@ -84,4 +91,4 @@ def _pair_bias(
     return on_device(mask.expand(layout).to(dtype), device)[None, None]
 
 
-_recent, _forever = lru_cache(maxsize=16)(_pair_bias), cache(_pair_bias)
+pair_bias, _forever = lru_cache(maxsize=16)(_pair_bias), cache(_pair_bias)

@@ -2,31 +2,38 @@
 
 The operator is opaque: its copies and merges run one by one, between what Inductor fuses. At short
 frames they cost as much as a third of the attention. Inlined, the copies become part of whatever
-computes q, k and v, and the merges one loop: measured in docs/notes/kernels.md.
+computes q, k and v, and the merges one loop: measured in docs/notes/kernels.md. Very short
+sequences take one call with a mask; inlined, it costs what it would if a person had written it.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from evdit_opt.kernels import decomposed, dispatch
+from evdit_opt.kernels import decomposed, dispatch, masked
+from evdit_opt.kernels.dense import lse_dtype
 from evdit_opt.kernels.geometry import Geometry
 from evdit_opt.passes.graph import subgraphs, value_of
 
 __all__ = ["inline_decomposed"]
 
 OP = torch.ops.evdit.tile_attention.default
+HELD = "evdit_bias_"
 
 
 def inline_decomposed(gm: fx.GraphModule) -> int:
     """Replace the operator by the Python function behind it, which AOT then traces.
 
         before:  both = evdit.tile_attention(q, k, v, None, intervals, log_weights, 17, 100, ...)
-        after:   both = tile_attention(q, k, v, None, intervals, log_weights, 17, 100, ...)
+        after:   both = tile_attention(None, q, k, v, None, intervals, log_weights, 17, 100, ...)
+        or:      both = tile_attention(self.evdit_bias_0, q, k, v, None, ...)  # short sequences
 
-    Only where that is the same computation: on a CPU, by the decomposed implementation, at static
-    lengths, without gradients (the flash operator's log-sum-exp has no derivative; the operator's
-    own backward does not need one), and without an additive mask, whose values the operator checks.
-    Elsewhere the operator stays.
+    Only where that is the same computation: on a CPU, by the decomposed or the masked
+    implementation ("auto" is decided here, measured where it must be), at static lengths, without
+    gradients (the flash operator's log-sum-exp has no derivative; the operator's own backward does
+    not need one), and without an additive mask, whose values the operator checks. Elsewhere the
+    operator stays.
 
     Returns:
         Number of calls inlined.
@@ -34,9 +41,14 @@ def inline_decomposed(gm: fx.GraphModule) -> int:
     inlined = 0
     for body in subgraphs(gm):
         for node in body.graph.find_nodes(op="call_function", target=OP):
-            if _may_inline(node):
-                node.target = tile_attention
-                inlined += 1
+            if not _may_inline(node):
+                continue
+            impl, bias = _decide(node)
+            if impl not in ("decomposed", "masked"):
+                continue
+            held = None if bias is None else _hold(body, node, bias)
+            node.target, node.args = tile_attention, (held, *node.args)
+            inlined += 1
     return inlined
 
 
@@ -49,12 +61,38 @@ def _may_inline(node: fx.Node) -> bool:
         and isinstance(q, Tensor)
         and q.device.type == "cpu"
         and all(isinstance(length, int) for length in (*q.shape, frames, tokens, prefix, suffix))
-        and dispatch.resolve(impl, q.device, q.shape[2]) == "decomposed"
         and (node.args[3] is None or getattr(attn_mask, "dtype", None) == torch.bool)
     )
 
 
+def _decide(node: fx.Node) -> tuple[str, Tensor | None]:
+    """The implementation that a call takes, and the mask of all token pairs if it needs one."""
+    arguments: tuple[Any, ...] = node.args
+    q, k, v, attn_mask = map(value_of, arguments[:4])
+    intervals, log_weights, *layout, _, impl = arguments[4:]
+    mask, geometry = (tuple(intervals), tuple(log_weights)), _geometry(*layout)
+    impl = dispatch.decide(impl, q, k, v, attn_mask, *mask, geometry)
+    if impl != "masked":
+        return impl, None
+    return impl, masked.pair_bias(*mask, geometry, lse_dtype(q.dtype), q.device)
+
+
+def _hold(body: fx.GraphModule, node: fx.Node, bias: Tensor) -> fx.Node:
+    """The tensor as a constant of the graph; calls with the same mask share it."""
+    # Not a buffer: AOT asks Dynamo where every buffer of the model came from.
+    held = {id(value): name for name, value in vars(body).items() if name.startswith(HELD)}
+    name = held.get(id(bias), f"{HELD}{len(held)}")
+    setattr(body, name, bias)
+    with body.graph.inserting_before(node):
+        return body.graph.create_node("get_attr", name)
+
+
+def _geometry(frames: int, tokens_per_frame: int, prefix: int, suffix: int) -> Geometry:
+    return Geometry(frames=frames, tokens=tokens_per_frame, prefix=prefix, suffix=suffix)
+
+
 def tile_attention(
+    bias: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -68,7 +106,12 @@ def tile_attention(
     scale: float | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """``torch.ops.evdit.tile_attention`` as a function that can be traced."""
+    """``torch.ops.evdit.tile_attention`` as a function that can be traced.
+
+    Args:
+        bias: None: decomposed; otherwise the mask of all token pairs, ``[1, 1, seq, seq]``.
+        q: as of the operator, and so is the rest.
+    """
     if torch.is_autocast_enabled("cpu"):
         # The operator's autocast rule chooses the dtype.
         out, lse = OP(
@@ -76,8 +119,12 @@ def tile_attention(
             scale, impl,
         )  # fmt: skip
         return out, lse
-    geometry = Geometry(frames=frames, tokens=tokens_per_frame, prefix=prefix, suffix=suffix)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if bias is not None:
+        # As torch.tensor(...) does: what is traced meets a number, not a tensor from outside.
+        bias = torch.ops.aten.lift_fresh(bias)
+        return masked.attend_pairs(q, k, v, attn_mask, bias, scale)
+    geometry = _geometry(frames, tokens_per_frame, prefix, suffix)
     return decomposed.forward(
         q, k, v, attn_mask, tuple(intervals), tuple(log_weights), geometry, scale
     )

@@ -26,10 +26,10 @@ def inputs(case: Case, device: str) -> tuple[list[Tensor], Tensor | None]:
     """q, k, v of a case, surrounded by NaN on every side; and its attn_mask."""
     *tensors, attn_mask = case.tensors()
     attn_mask = None if attn_mask is None else attn_mask.to(device)
-    return [_poisoned(x, device) for x in tensors], attn_mask
+    return [poisoned(x, device) for x in tensors], attn_mask
 
 
-def _poisoned(x: Tensor, device: str) -> Tensor:
+def poisoned(x: Tensor, device: str) -> Tensor:
     """The same values and order of dimensions, as a slice of a larger tensor of NaN."""
     order = sorted(range(4), key=lambda n: -x.stride(n))
     padding = {0: 1, 1: 1, 2: 3, 3: 5}  # of batch, heads, tokens, head_dim
@@ -63,7 +63,7 @@ def check_backward(case: Case, device: str = "cpu") -> None:
     out = tile_attention(
         *tensors, case.mask, case.layout, scale=case.scale, attn_mask=attn_mask, impl="triton"
     )
-    grad_out = _poisoned(torch.randn(out.shape).to(case.dtype), device)
+    grad_out = poisoned(torch.randn(out.shape).to(case.dtype), device)
     actual = torch.autograd.grad(out, tensors, grad_out)
     exact, eager = (
         _oracle_gradients(case, tensors, attn_mask, grad_out, dtype)

@@ -44,7 +44,11 @@ def oracle(
     elif attn_mask is not None:
         logits = logits + attn_mask.to(dtype)
     lse = torch.logsumexp(logits.double(), -1)
-    weights = (logits - lse.masked_fill(lse.isneginf(), 0.0).to(dtype).unsqueeze(-1)).exp()
+    # Autograd of a softmax over no key is NaN; such a query gives 0, and has no gradient.
+    empty = lse.isneginf().unsqueeze(-1)
+    logits = logits.masked_fill(empty, 0.0)
+    total = torch.logsumexp(logits.double(), -1, keepdim=True)
+    weights = (logits - total.to(dtype)).exp().masked_fill(empty, 0.0)
     return torch.einsum("bhqk,bhkd->bhqd", weights, values), lse
 
 

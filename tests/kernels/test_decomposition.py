@@ -1,5 +1,6 @@
 """The pieces of a mask are the mask: nothing lost, nothing twice."""
 
+import itertools
 import math
 
 import pytest
@@ -41,6 +42,21 @@ def test_pieces_rebuild_the_mask(mask: TileMask) -> None:
     plan = decompose(*mask.segments(), mask.frames)
     assert tuple(map(tuple, rebuild(plan))) == mask.rows
     assert sum(run.count for span in plan.spans for run in span) == plan.sparse_rows
+
+
+@pytest.mark.parametrize("frames", range(1, 13))
+def test_every_rule_up_to_twelve_frames(frames: int) -> None:
+    """Every tile once: what two calls wrote, or none, would show."""
+    for references, window, weighting, spacing in itertools.product(
+        range(frames + 1), range(frames), ("none", "balanced"), ("paper", "centred")
+    ):
+        mask = Rule(references, window, weighting, spacing).mask(frames)
+        plan = decompose(*mask.segments(), frames)
+        assert tuple(map(tuple, rebuild(plan))) == mask.rows
+        for rows in (1, 2, frames):
+            written = [range(*part) for part in plan.dense]
+            written += [range(*part) for block in plan.blocks(rows) for part in block.frames]
+            assert sorted(i for part in written for i in part) == [*range(frames)]
 
 
 @given(st.integers(1, 9).flatmap(masks), st.integers(1, 5))

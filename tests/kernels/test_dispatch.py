@@ -194,6 +194,35 @@ def test_what_is_known_before_anything_runs(
     assert dispatch.resolve(impl, torch.device(device), seq_len) == expected
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_compiler_decides_before_the_first_call(measuring: list[str], padded: bool) -> None:
+    """On tensors without numbers, strides and overlaps included; the call then knows the choice."""
+    tensors = inputs()
+    attn_mask = torch.ones(1, 1, 1, LAYOUT.seq_len, dtype=torch.bool) if padded else None
+    geometry = dispatch.Geometry(frames=5, tokens=40, prefix=0, suffix=0)
+
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode()
+    fake = [None if x is None else mode.from_tensor(x) for x in (*tensors, attn_mask)]
+    impl = dispatch.decide("auto", *fake, *MASK.segments(), geometry)
+    assert impl in ("decomposed", "masked")
+    assert len(measuring) >= 4
+    measuring.clear()
+    tile_attention(*tensors, MASK, LAYOUT, attn_mask=attn_mask)
+    assert measuring == [impl]
+    measuring.clear()
+    assert dispatch.decide("flex", *fake, *MASK.segments(), geometry) == "flex"
+    assert dispatch.decide("static", *fake, *MASK.segments(), geometry) == "decomposed"
+    assert measuring == []
+
+
+def test_random_tensors_keep_strides_that_overlap() -> None:
+    x = torch.zeros(1, 2, 1, 5).expand(3, 2, 4, 5)
+    like = dispatch._random_like(x)
+    assert (like.shape, like.stride()) == (x.shape, x.stride())
+
+
 def test_density_is_that_of_the_mask() -> None:
     for rule in (Rule(1), Rule(2, 1, "balanced"), Rule(0, 1)):
         mask = rule.mask(9)

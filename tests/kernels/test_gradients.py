@@ -30,11 +30,23 @@ def gradients(case: Case, dtype: torch.dtype, grad_out: torch.Tensor) -> tuple[t
     return torch.autograd.grad(out, tensors, grad_out.to(dtype))
 
 
-@given(
-    cases((torch.float32, torch.float64, torch.bfloat16), max_tokens=600, head_dims=(16, 24, 64))
-)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+@given(cases(DTYPES, max_tokens=600, head_dims=(16, 24, 64)))
 @settings(max_examples=25)
 def test_gradients_are_exact(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.nightly
+@given(cases(DTYPES, max_tokens=600))
+@settings(max_examples=1000)
+def test_a_thousand_cases(case: Case) -> None:
+    check(case)
+
+
+def check(case: Case) -> None:
     *tensors, attn_mask = case.tensors()
     tensors = [x.requires_grad_() for x in tensors]
     out = tile_attention(*tensors, case.mask, case.layout, scale=case.scale, attn_mask=attn_mask)
@@ -48,6 +60,17 @@ def test_gradients_are_exact(case: Case) -> None:
     size = grad * v * max(q, k, 1.0) * (case.scale or case.head_dim**-0.5)
     for name, mine, true, plain in zip("qkv", actual, exact, eager, strict=True):
         assert_close_to_fp64(mine, true, plain, f"gradient of {name}", size=size)
+
+
+def test_the_same_bits_twice() -> None:
+    layout = TokenLayout(VideoGrid(5, 31, 1), suffix=2)
+    tensors = [x.requires_grad_() for x in strided("packed", 2, layout.seq_len, (4, 2, 2), 24)]
+    mask = Rule(2, 1, "balanced").mask(5)
+    first, second = (
+        torch.autograd.grad(tile_attention(*tensors, mask, layout).square().sum(), tensors)
+        for _ in range(2)
+    )
+    assert all(map(torch.equal, first, second))
 
 
 def test_memory_of_the_backward_is_linear() -> None:

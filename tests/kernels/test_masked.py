@@ -19,7 +19,7 @@ def test_long_sequences_are_refused() -> None:
 def test_the_expanded_mask_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = TokenLayout(VideoGrid(3, 5, 1), prefix=2)
     x = torch.randn(1, 2, layout.seq_len, 8)
-    masked._recent.cache_clear()
+    masked.pair_bias.cache_clear()
     for _ in range(3):
         tile_attention(x, x, x, Rule(1, weighting="balanced").mask(3), layout, impl="masked")
-    assert masked._recent.cache_info().misses == 1
+    assert masked.pair_bias.cache_info().misses == 1

@@ -189,6 +189,8 @@ ROW_1_EMPTY = ((0, 0, 5, 2, 0, 5, 3, 0, 5, 4, 0, 5), (0.0,) * 4)
         (ROW_1_EMPTY, "at least one kept tile in every row, row 1 has none"),
         (((0, 0, 6), (0.0,)), "within 5 frames"),
         (((0, 0), (0.0,)), "3 integers per weight"),
+        (((0, 0, 5), (float("nan"),)), "-inf or finite numbers in a tile mask, row 0 has NaN"),
+        (((0, 0, 5), (float("inf"),)), "-inf or finite numbers in a tile mask, row 0 has NaN"),
     ],
 )
 def test_lists_that_are_no_mask_are_an_error(
@@ -221,7 +223,8 @@ def test_a_mask_of_other_frames_is_an_error() -> None:
         tile_attention(Q, K, K, Rule().mask(6), LAYOUT)
 
 
-def test_head_dim_out_of_range_is_an_error() -> None:
-    wide = torch.zeros(1, 1, LAYOUT.seq_len, 257)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_head_dim_out_of_range_is_an_error(device: str) -> None:
+    wide = torch.zeros(1, 1, LAYOUT.seq_len, 257, device=device)
     with pytest.raises(UnsupportedInputError, match=r"head_dim in 1\.\.256, got 257"):
         tile_attention(wide, wide, wide, MASK, LAYOUT)

@@ -1,5 +1,6 @@
 """Every implementation equals the definition, for any mask, layout, dtype and strides."""
 
+import dataclasses
 from unittest import mock
 
 import pytest
@@ -8,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evdit_opt.grid import TokenLayout, VideoGrid
-from evdit_opt.kernels import decomposed, flex, tile_attention
+from evdit_opt.kernels import decomposed, flex, masked, tile_attention
 from evdit_opt.masks import Rule, TileMask
-from tests.kernels.oracle import Case, cases, oracle, strided
+from tests.kernels.fused import poisoned
+from tests.kernels.oracle import KINDS, Case, cases, oracle, strided
 from tests.tolerance import assert_close_to_fp64
 
 CPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -66,6 +68,16 @@ def test_every_block_size_is_exact(case: Case, rows: int) -> None:
         check(case, "decomposed")
 
 
+@pytest.mark.nightly
+@given(cases(CPU_DTYPES), st.integers(1, 4))
+@settings(max_examples=1000)
+def test_a_thousand_cases(case: Case, rows: int) -> None:
+    with mock.patch.object(decomposed, "rows_per_block", return_value=rows):
+        check(case, "decomposed")
+    if case.layout.seq_len <= masked.MAX_SEQ:
+        check(case, "masked")
+
+
 @pytest.mark.parametrize("rows", [1, 2, 9])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_low_precision_in_every_block_size(dtype: torch.dtype, rows: int) -> None:
@@ -78,7 +90,34 @@ def test_low_precision_in_every_block_size(dtype: torch.dtype, rows: int) -> Non
         check(case, "decomposed")
 
 
-@pytest.mark.parametrize("impl", ["reference", "decomposed", "masked"])
+IMPLS = ("reference", "decomposed", "masked")
+CASE = Case(
+    mask=Rule(2, 1, "balanced").mask(6), layout=TokenLayout(VideoGrid(6, 37, 1), 5, 3),
+    batch=2, heads=4, kv_heads=2, head_dim=24, dtype=torch.float32, kind="packed", padding="bool",
+    scale=None, seed=1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_beside_the_inputs_is_read(kind: str, impl: str) -> None:
+    """q, k and v are slices out of NaN; and the same call twice gives the same bits."""
+    case = dataclasses.replace(CASE, kind=kind)
+    q, k, v, attn_mask = case.tensors()
+
+    def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return tile_attention(
+            *tensors, case.mask, case.layout, attn_mask=attn_mask, impl=impl, return_lse=True
+        )
+
+    expected, again = call(q, k, v), call(q, k, v)
+    sliced = call(*(poisoned(x, "cpu") for x in (q, k, v)))
+    assert all(map(torch.equal, expected, again))
+    for mine, plain in zip(sliced, expected, strict=True):
+        torch.testing.assert_close(mine, plain)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_a_query_without_any_key_gives_zero(impl: str) -> None:
     layout = TokenLayout(VideoGrid(3, 4, 1))
     q, k, v = strided("transposed", 1, 12, (2, 2, 2), 16)

@@ -40,15 +40,17 @@ def backend(inlined: list[int]) -> Any:
     return compile_inlined
 
 
+@pytest.mark.parametrize("impl", ["decomposed", "masked", "auto"])
 @pytest.mark.parametrize("rule", MASKS.values(), ids=MASKS)
-def test_inductor_computes_the_pieces(rule: Rule) -> None:
+def test_inductor_computes_the_pieces(rule: Rule, impl: str) -> None:
     mask, inlined = rule.mask(7), []
 
     def model(x: Tensor) -> tuple[Tensor, Tensor]:  # [1, seq, 3 * heads * head_dim]
         q, k, v = x.unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4).unbind()
-        out, lse = attend(torch.cos(q), k * 2, v + 1, mask)
+        out, lse = attend(torch.cos(q), k * 2, v + 1, mask, impl)
         return torch.sin(out.transpose(1, 2).flatten(2)), lse
 
+    torch._dynamo.reset()  # one function, compiled for every mask and implementation
     x = torch.randn(1, LAYOUT.seq_len, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         out, lse = torch.compile(model, backend=backend(inlined), dynamic=False)(x)
@@ -66,14 +68,44 @@ def test_inductor_computes_the_pieces(rule: Rule) -> None:
         assert_close_to_fp64(got, wanted, eager.to(got.dtype), name)
 
 
+def test_two_masks_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call keeps its own mask, calls with the same one share it, and no call makes one."""
+    masks, inlined = [Rule(1).mask(7), Rule(2, 1).mask(7), Rule(1).mask(7)], []
+    q, k, v = (torch.randn(1, 2, LAYOUT.seq_len, 16) for _ in range(3))
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        return [attend(q, k, v, mask, "masked")[0] for mask in masks]
+
+    with torch.no_grad():
+        compiled = torch.compile(model, backend=backend(inlined), dynamic=False)
+        compiled(q, k, v)
+        monkeypatch.setattr(TileMask, "expand", None)
+        outs = compiled(q, k, v)
+    assert inlined == [3]
+    for out, mask in zip(outs, masks, strict=True):
+        exact, _ = oracle(q, k, v, mask, LAYOUT)
+        eager, _ = oracle(q, k, v, mask, LAYOUT, dtype=torch.float32)
+        assert_close_to_fp64(out, exact, eager, "out")
+    build = graph("masked")
+    (node,) = build.graph.find_nodes(op="call_function", target=OP)
+    with build.graph.inserting_after(node):
+        again = build.graph.call_function(OP, node.args)
+    node.replace_all_uses_with(again, delete_user_cb=lambda user: user is not again)
+    with torch.no_grad():
+        assert inline_decomposed.inline_decomposed(build) == 2
+    assert [n.target for n in build.graph.nodes if n.op == "get_attr"] == ["evdit_bias_0"] * 2
+
+
 def test_under_autocast_the_operator_chooses_the_dtype() -> None:
     mask, inlined = Rule(1).mask(7), []
     q, k, v = (torch.randn(1, 2, LAYOUT.seq_len, 16) for _ in range(3))
-    compiled = torch.compile(lambda: attend(q, k, v, mask)[0], backend=backend(inlined))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        out = compiled()
-    assert inlined == [1]
-    assert out.dtype == torch.bfloat16
+    for impl in ("decomposed", "masked"):
+        compiled = torch.compile(
+            lambda i=impl: attend(q, k, v, mask, i)[0], backend=backend(inlined)
+        )
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert compiled().dtype == torch.bfloat16
+    assert inlined == [1, 1]
 
 
 def graph(
@@ -97,7 +129,9 @@ def graph(
     ("arguments", "grad", "expected"),
     [
         ({"impl": "auto", "tokens": 200}, False, 1),
-        ({"impl": "auto"}, False, 0),
+        ({"impl": "auto"}, False, 1),
+        ({"impl": "auto", "tokens": 50}, False, 1),
+        ({"impl": "masked"}, False, 1),
         ({"impl": "decomposed"}, False, 1),
         ({"impl": "decomposed", "padding": torch.bool}, False, 1),
         ({"impl": "decomposed", "padding": torch.float32}, False, 0),
@@ -108,7 +142,9 @@ def graph(
     ],
     ids=[
         "auto",
+        "auto, tiny",
         "auto, short",
+        "masked",
         "decomposed",
         "bool mask",
         "additive mask",
