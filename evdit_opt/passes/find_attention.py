@@ -29,7 +29,7 @@ from evdit_opt.passes.graph import (
     walk_back,
 )
 from evdit_opt.passes.site_mark import Way
-from evdit_opt.passes.trace_origin import Origin, common_origin, is_parameter, trace_origin
+from evdit_opt.passes.trace_origin import Origin, common_origin, is_parameter, trace_origins
 from evdit_opt.passes.video_input import video_input
 
 __all__ = ["AttentionSite", "Sites", "classify", "classify_eager", "find_attention"]
@@ -188,7 +188,7 @@ def _classify_call(
     attention = read_attention(call)
     q, k = value_of(attention.q), value_of(attention.k)
     layer = layer_fqn(call, names)
-    origins = [trace_origin(x) for x in (attention.q, attention.k, attention.v)]
+    origins = trace_origins([attention.q, attention.k, attention.v])
     shared = common_origin(origins)
     reason = (
         unsupported(attention)

@@ -30,6 +30,7 @@ __all__ = [
     "same_size",
     "subgraphs",
     "tensor_inputs",
+    "value_key",
     "value_of",
     "walk_back",
     "written_inputs",
@@ -107,7 +108,14 @@ def _called_graphs(node: fx.Node) -> Iterator[fx.GraphModule]:
 
 def value_of(argument: Any) -> Any:
     """The example value (a fake tensor, a number or a symbolic one) of a node or constant."""
-    return argument.meta.get("example_value") if isinstance(argument, fx.Node) else argument
+    if not isinstance(argument, fx.Node):
+        return argument
+    return argument.meta.get(value_key(argument))
+
+
+def value_key(node: fx.Node) -> str:
+    """Where a node's metadata has its example value: Dynamo's graphs and exported ones differ."""
+    return "example_value" if "example_value" in node.meta or "val" not in node.meta else "val"
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
@@ -159,7 +167,7 @@ def insert_call(
     leaves = pytree.tree_leaves((values, named))
     modes = [leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)]
     with modes[0] if modes else nullcontext():
-        node.meta["example_value"] = target(*values, **named)
+        node.meta[value_key(like)] = target(*values, **named)
     for key in ("nn_module_stack", "stack_trace"):
         if key in like.meta:
             node.meta[key] = like.meta[key]

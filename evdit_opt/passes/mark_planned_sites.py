@@ -8,9 +8,20 @@ from torch import fx
 
 from evdit_opt.errors import LayoutError, PlanMismatchError
 from evdit_opt.grid import VideoGrid
-from evdit_opt.passes.graph import attention_calls, layer_fqn, read_attention, value_of
+from evdit_opt.passes.graph import (
+    attention_calls,
+    layer_fqn,
+    read_attention,
+    value_key,
+    value_of,
+)
 from evdit_opt.passes.site_mark import MARK, SiteSpec
-from evdit_opt.passes.trace_origin import common_origin, is_parameter, trace_origin
+from evdit_opt.passes.trace_origin import (
+    common_origin,
+    is_parameter,
+    projected,
+    trace_origins,
+)
 
 if TYPE_CHECKING:
     from evdit_opt.plan import Plan
@@ -56,20 +67,22 @@ def mark_planned_sites(
         if site is None:
             continue
         attention = read_attention(call)
-        origins = [trace_origin(x) for x in (attention.q, attention.k, attention.v)]
+        origins = trace_origins([attention.q, attention.k, attention.v])
         shared = common_origin(origins)
         if not shared:
             continue  # the cross-attention of the same module
         layout = layouts[site]
         spec = SiteSpec(rules[site], layout.prefix, layout.suffix, plan.min_tokens).encode()
-        arguments = (shared[0], spec, grid.frames, grid.tokens_per_frame, None, "sparse", None)
         readers = [reader for origin in origins for reader in origin.projections[shared[0]]]
-        with gm.graph.inserting_after(shared[0]):
+        inputs = {reader: projected(reader) or shared[0] for reader in readers}
+        # Hidden states may be written out for each reader; they are equal, the first serves all.
+        states = min(inputs.values())
+        arguments = (states, spec, grid.frames, grid.tokens_per_frame, None, "sparse", None)
+        with gm.graph.inserting_after(states):
             mark = gm.graph.call_function(MARK, arguments)
-        mark.meta = {key: value for key, value in call.meta.items() if key != "example_value"}
-        mark.meta["example_value"] = value_of(shared[0])
-        for reader in readers:
-            reader.replace_input_with(shared[0], mark)
+        mark.meta = {**call.meta, value_key(call): value_of(states)}
+        for reader, source in inputs.items():
+            reader.replace_input_with(source, mark)
         marked.add(site)
     missing = [name for name in rules if name not in marked]
     if missing:

@@ -11,6 +11,7 @@ from evdit_opt.passes.attention_letters import NotSDPA, Operands, match_letters
 from evdit_opt.passes.graph import operation, same_size, value_of, written_inputs
 from evdit_opt.passes.mask_structure import mutated_storages, storage_of
 from evdit_opt.passes.products import Product, read_product
+from evdit_opt.passes.safe_softmax import zeroed_rows
 from evdit_opt.passes.trace_origin import is_parameter
 
 __all__ = ["Mask", "Spelled", "read_spelled"]
@@ -21,7 +22,7 @@ HIDES = -1e4
 CASTS = frozenset(
     "bfloat16 clone contiguous detach double float half to _to_copy type type_as".split()
 )
-RESHAPES = frozenset("flatten reshape unflatten view _unsafe_view".split())
+RESHAPES = frozenset("expand flatten reshape unflatten view _unsafe_view".split())
 SPELLINGS = {"iadd": "add", "imul": "mul", "isub": "sub", "itruediv": "div", "truediv": "div"}
 
 
@@ -103,7 +104,7 @@ def spelling(node: fx.Node) -> str:
 def _softmax(node: fx.Node) -> tuple[fx.Node, int, list[fx.Node]] | None:
     """What a softmax is taken of, along which dimension, and the nodes it consists of."""
     name = operation(node)
-    if name in ("softmax", "_softmax", "special_softmax"):
+    if name in ("softmax", "_softmax", "_safe_softmax", "special_softmax"):
         source = node.args[0] if node.args else node.kwargs.get("input")
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         if isinstance(source, fx.Node) and isinstance(dim, int):
@@ -219,6 +220,8 @@ def _keeps_scores(node: fx.Node) -> bool:
     before, after = value_of(node.all_input_nodes[0]).shape, value_of(node).shape
     if min(len(before), len(after)) < 3:
         return False
+    if operation(node) == "expand":  # AOT writes it before every product
+        return len(before) == len(after) and all(map(same_size, before, after))
     return all(same_size(a, b) for a, b in zip(before[-2:], after[-2:], strict=True))
 
 
@@ -226,7 +229,8 @@ def _forward(
     softmax: fx.Node, walk: _Walk, live: Set[fx.Node]
 ) -> tuple[Product, fx.Node, list[fx.Node]]:
     """From a softmax on to the product with the values."""
-    node, seen = softmax, list[fx.Node]()
+    seen = zeroed_rows(softmax, live)
+    node = seen[-1] if seen else softmax
     while True:
         users = [user for user in node.users if user in live]
         if len(users) != 1:

@@ -1,13 +1,15 @@
 """Where q, k and v come from: the hidden states that the first linears behind them project."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
-from evdit_opt.passes.graph import is_attention, operation, tensor_inputs, walk_back
+from evdit_opt.passes.graph import is_attention, operation, tensor_inputs, value_of, walk_back
+from evdit_opt.passes.same_value import same_value
 
-__all__ = ["Origin", "common_origin", "is_parameter", "projected", "trace_origin"]
+__all__ = ["Origin", "common_origin", "is_parameter", "projected", "trace_origins"]
 
 PROJECTIONS = frozenset(
     "linear addmm mm bmm baddbmm matmul einsum conv1d conv2d conv3d convolution".split()
@@ -16,6 +18,9 @@ PROJECTIONS = frozenset(
 
 class Origin:
     """The hidden states behind a tensor, and the projections that read them.
+
+    Walks back to the inputs of the first projections, or to another attention:
+    q = rope(norm(linear(x, w) + linear(linear(x, a), b)))  has the roots  {x, linear(x, a)}
 
     Attributes:
         projections: per hidden state, the linears (or convolutions) that take it.
@@ -37,13 +42,24 @@ class Origin:
         """The hidden states."""
         return frozenset(self.projections)
 
+    def rename(self, known: list[fx.Node]) -> None:
+        """Let roots that compute the same be the one in ``known``; adds those that are new."""
+        projections = self.projections
+        self.projections = {}
+        for root, readers in projections.items():
+            first = next((other for other in known if same_value(other, root)), root)
+            if first is root and root not in known:
+                known.append(root)
+            self.projections.setdefault(first, []).extend(readers)
 
-def trace_origin(node: fx.Node) -> Origin:
-    """Walk back from ``node`` to the inputs of the first projections, or to another attention.
 
-    q = rope(norm(linear(x, w) + linear(linear(x, a), b)))  has the roots  {x, linear(x, a)}
-    """
-    return Origin(node)
+def trace_origins(nodes: Sequence[fx.Node]) -> list[Origin]:
+    """The origin of each node; what is written out twice, such as a transposed x, is one root."""
+    origins = [Origin(node) for node in nodes]
+    known: list[fx.Node] = []
+    for origin in origins:
+        origin.rename(known)
+    return origins
 
 
 def common_origin(origins: Iterable[Origin]) -> list[fx.Node]:
@@ -61,7 +77,7 @@ def is_parameter(node: fx.Node) -> bool:
     if node.op != "placeholder":
         return False
     named = "_parameters_" in str(node.target) or "_buffers_" in str(node.target)
-    return named or isinstance(node.meta.get("example_value"), torch.nn.Parameter)
+    return named or isinstance(value_of(node), torch.nn.Parameter)
 
 
 def projected(node: fx.Node) -> fx.Node | None:
@@ -72,6 +88,9 @@ def projected(node: fx.Node) -> fx.Node | None:
     name = operation(node)
     if name not in PROJECTIONS:
         return None
+    if name in ("mm", "addmm") and _is_unnamed_weight(node.args[-1]):
+        activation = node.args[-2]
+        return activation if isinstance(activation, fx.Node) else None
     activations = [x for x in tensor_inputs(node) if not _is_weight(x)]
     # A product of two activations (rotary embeddings, ...) is no projection. A weight may be
     # computed (merged adapters, dequantisation), so F.linear's first argument always counts.
@@ -90,3 +109,14 @@ def _is_weight(node: fx.Node) -> bool:
     return bool(leaves) and all(
         is_parameter(x) and "_buffers_" not in str(x.target) for x in leaves
     )
+
+
+def _is_unnamed_weight(node: Any) -> bool:
+    """True for a transposed matrix handed to the graph: AOT writes ``linear`` as x @ w.t() + b.
+
+    It hands over parameters as inputs without names.
+    """
+    if not isinstance(node, fx.Node) or operation(node) not in ("t", "permute", "transpose"):
+        return False
+    matrix = node.args[0]
+    return isinstance(matrix, fx.Node) and matrix.op == "placeholder" and value_of(matrix).ndim == 2

@@ -4,6 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 HEADS = 2
@@ -72,11 +73,25 @@ class HeadsInTheBatch(Spelled):
 
 
 class FlashLayout(Spelled):
-    """A function that takes [batch, seq, heads, dim], as flash attention and xformers do."""
+    """einops, and a function that takes [batch, seq, heads, dim], as xformers does."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.unflatten(2, (HEADS, -1)) for x in (q, k, v))
-        return memory_efficient_attention(q, k, v, self.bias).flatten(2)
+        q, k, v = (rearrange(x, "b s (h d) -> b s h d", h=HEADS) for x in (q, k, v))
+        out = memory_efficient_attention(q, k, v, self.bias)
+        return rearrange(out, "b s h d -> b s (h d)")
+
+
+class NormalisedApart(Spelled):
+    """Every projection normalises its input itself, the same way."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = self.q(normalise(x)), self.k(normalise(context)), self.v(normalise(context))
+        return self.out(self.attend(q, k, v))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(2, (HEADS, -1)).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, self.bias).transpose(1, 2).flatten(2)
 
 
 class PackedModule(nn.Module):
@@ -116,11 +131,10 @@ class Functional(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
-        query, key = x.transpose(0, 1), context.transpose(0, 1)
         attended, _ = F.multi_head_attention_forward(
-            query,
-            query if context is x else key,
-            query if context is x else key,
+            x.transpose(0, 1),
+            context.transpose(0, 1),
+            context.transpose(0, 1),
             x.shape[2],
             HEADS,
             self.weight,
@@ -175,6 +189,10 @@ class OneProjection(nn.Module):
         return torch.einsum("bhij,bhjd->bihd", scores.softmax(-1), v).flatten(2)
 
 
+def normalise(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
 def rotate(x: Tensor) -> Tensor:
     """Rotary positions, ``[batch, seq, heads, dim]``."""
     angles = torch.arange(x.shape[1])[:, None] * torch.arange(1, x.shape[3] // 2 + 1)
@@ -195,6 +213,7 @@ FLAVOURS = (
     Matmul,
     HeadsInTheBatch,
     FlashLayout,
+    NormalisedApart,
     PackedModule,
     BareModule,
     Functional,

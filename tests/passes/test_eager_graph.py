@@ -10,7 +10,7 @@ from torch import nn
 from evdit_opt.passes.eager_graph import eager_graph
 from evdit_opt.passes.find_attention import classify_eager, find_attention
 from evdit_opt.passes.graph import SDPA, layer_fqn, value_of
-from evdit_opt.passes.trace_origin import trace_origin
+from evdit_opt.passes.trace_origin import Origin
 from tests.models.small_models import CASES, Case
 from tests.models.toy_dit import toy, toy_inputs
 
@@ -63,7 +63,7 @@ def test_what_is_written_in_place_is_followed_too() -> None:
     last = list(graph.nodes)[-1]
     assert (last.op, last.target) == ("call_method", "unflatten")
     inputs = set(graph.find_nodes(op="placeholder"))
-    assert trace_origin(last).roots & inputs == {n for n in inputs if n.target == "input"}
+    assert Origin(last).roots & inputs == {n for n in inputs if n.target == "input"}
 
 
 def test_a_compiled_call_is_bypassed_and_an_exception_leaves_nothing_behind() -> None:
