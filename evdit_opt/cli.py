@@ -21,11 +21,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+exports = typer.Typer(help="Write an optimized denoiser for other programs.", no_args_is_help=True)
+app.add_typer(exports, name="export")
 console = Console()
 
 
 class Precision(enum.Enum):
-    """What a model may be inspected in."""
+    """What a model may be run in."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -109,6 +111,47 @@ def show(plan: Annotated[Path, typer.Argument(help="A plan file, *.evdit.json.")
     from evdit_opt.plan import Plan
 
     _or_exit(lambda: console.print(Plan.load(plan).describe(), markup=False, highlight=False))
+
+
+@exports.command()
+def onnx(
+    pipeline: Annotated[
+        str,
+        typer.Argument(
+            help="'tinywan', a pipeline's folder or Hugging Face id, a transformer's folder, or "
+            "module:factory."
+        ),
+    ],
+    plan: Annotated[Path, typer.Option(help="Its plan, *.evdit.json.")],
+    out: Annotated[Path, typer.Option(help="The file to write; large weights go beside it.")],
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of the video.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels; latent rows.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels; latent columns.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Any prompt; only its length in tokens can matter.")
+    ] = None,
+    dtype: Annotated[
+        Precision | None, typer.Option(help="What it runs in; as loaded if left out.")
+    ] = None,
+    opset: Annotated[int, typer.Option(min=18, help="Version of ONNX's operator set.")] = 18,
+) -> None:
+    """Write the denoiser with its sparse attention in ONNX's standard operators, at one size."""
+    import torch
+
+    from evdit_opt.export.command import export_named
+
+    sizes = {"num_frames": frames, "height": height, "width": width}
+    given = {name: value for name, value in sizes.items() if value is not None}
+
+    def run() -> None:
+        precision = None if dtype is None else getattr(torch, dtype.value)
+        with contextlib.redirect_stdout(sys.stderr):
+            written = export_named(
+                pipeline, plan, out, prompt=prompt, sizes=given, dtype=precision, opset=opset
+            )
+        console.print(written, markup=False, highlight=False)
+
+    _or_exit(run)
 
 
 def _or_exit(action: object) -> None:

@@ -49,9 +49,9 @@ def first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def planned(name: str) -> Planned:
+def planned(name: str, layers: int = 2) -> Planned:
     """A small diffusers model."""
-    case, shape = BY_NAME[name], Shape()
+    case, shape = BY_NAME[name], Shape(layers=layers)
     model = case.model(shape)
     plan = replace(plan_of(case, model, shape), model_config_hash=config_hash(model))
     return Planned(model, case.inputs(shape), plan)
