@@ -1,5 +1,6 @@
 """Apply a plan to a model, in place, and take it off again."""
 
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from torch import fx, nn
 from evdit_opt.backend import Inner, Options, compile_graph
 from evdit_opt.errors import AlreadyOptimizedError, PlanMismatchError, UnsupportedInputError
 from evdit_opt.kernels import autotune
-from evdit_opt.passes.capture import compile_call, restore_call
+from evdit_opt.passes.capture import restore_call
 from evdit_opt.passes.decide_site import SiteOutcome
 from evdit_opt.passes.marks import RootMark, add_marks
 from evdit_opt.passes.scopes import SparseAttend, add_scopes
@@ -20,6 +21,7 @@ from evdit_opt.passes.site_mark import SiteSpec, Way
 from evdit_opt.plan import Plan, SitePlan
 from evdit_opt.report import Report
 from evdit_opt.reuse import Reusing
+from evdit_opt.running import Running, require_no_compiled_parts
 
 __all__ = ["apply_plan", "is_optimized", "report", "restore"]
 
@@ -61,7 +63,7 @@ def apply_plan(
         plan: made for this model by ``make_plan``.
         inner: what compiles the rewritten graph; see :class:`evdit_opt.backend.Options`.
         impl: implementation of the sparse attention.
-        fullgraph: insist on one graph; None: as it was in calibration.
+        fullgraph: insist on one graph; None: as in calibration, and in parts once that fails.
         dynamic: as in ``torch.compile``; False compiles once for every resolution and frame count.
         inductor_options: passed on to Inductor.
 
@@ -85,7 +87,8 @@ def apply_plan(
             "model or make one with evdit_opt.make_plan"
         )
     whole = plan.fullgraph if fullgraph is None else fullgraph
-    _require_no_compiled_parts(model, whole)
+    if not whole:
+        require_no_compiled_parts(model)
     scoped = _specs(plan, "scope")
     if whole and scoped:
         raise UnsupportedInputError(
@@ -101,14 +104,26 @@ def apply_plan(
         impl=impl,
         previous_call=vars(model).get("_compiled_call_impl"),
     )
-    add_scopes(model, applied, scoped, SparseAttend(impl, applied.compiled))
+    attend = SparseAttend(impl, applied.compiled)
+    add_scopes(model, applied, scoped, attend)
     model._evdit = applied  # type: ignore[assignment]
     if not plan.rules:
         logger.warning("this plan leaves every site dense; %s is compiled dense", plan.model_class)
-    call = compile_call(model, _Backend(model, options), whole, dynamic)
+    call: Callable[..., Any] = Running(
+        model,
+        _Backend(model, options),
+        applied,
+        attend,
+        fullgraph=whole,
+        may_split=fullgraph is None,
+        dynamic=dynamic,
+    )
     if plan.reuse is not None:
         call = _reusing(model, call, plan, applied)
-    model._compiled_call_impl = call
+    # A compile of the user's around this one must not trace it: marks are for our backend only.
+    model._compiled_call_impl = torch.compiler.disable(
+        functools.partial(call), reason="evdit_opt compiles this model itself"
+    )
     return model
 
 
@@ -154,6 +169,7 @@ def report(model: nn.Module) -> Report:
         applied.inner,
         applied.impl,
         tuple(choice.describe() for choice in choices),
+        applied.outside,
     )
 
 
@@ -230,22 +246,6 @@ def _require_plain(model: object) -> None:
         )
     if not isinstance(model, nn.Module):
         raise UnsupportedInputError(f"expected a torch.nn.Module, got {type(model).__name__}")
-
-
-def _require_no_compiled_parts(model: nn.Module, fullgraph: bool) -> None:
-    # Where the graph breaks, a part compiled earlier would go on running its old, dense code.
-    parts = [name for name, module in model.named_modules() if name and _is_compiled(module)]
-    if parts and not fullgraph:
-        raise UnsupportedInputError(
-            f"expected no compiled parts in a model that breaks Dynamo's graph, got "
-            f"{parts[0]}; load the model without compiling its blocks, apply_plan compiles them"
-        )
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or isinstance(
-        module, torch._dynamo.OptimizedModule
-    )
 
 
 def _not_compiled(graphs: int) -> str:

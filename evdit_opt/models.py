@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from evdit_opt.errors import CalibrationError, NonFiniteOutputError, UnsupportedInputError
+from evdit_opt.offload import require_weights_in_place
 
 __all__ = [
     "Denoiser",
@@ -71,7 +72,8 @@ def as_denoiser(
             guidance_scale, negative_prompt, ...).
 
     Raises:
-        UnsupportedInputError: if target is neither, or holds two denoisers.
+        UnsupportedInputError: if target is neither, or holds two denoisers, or hooks load the
+            weights of its single layers.
         CalibrationError: if items is empty, or not of the kind the target needs.
     """
     given = (items,) if isinstance(items, str) else tuple(items)
@@ -81,6 +83,7 @@ def as_denoiser(
             "pass a few prompts like those you will use"
         )
     model = denoiser_of(target)
+    require_weights_in_place(model)
     if model is target:
         return _module_denoiser(model, given)
     return _pipeline_denoiser(target, model, given, dict(pipe_kwargs or {}))

@@ -18,6 +18,7 @@ class Report:
         inner: the backend that compiled the rewritten graph.
         impl: implementation of the sparse attention asked for.
         choices: what "auto" measured so far in this process, and chose, one line per kind of call.
+        outside: why the model runs without a compiler; empty if it is compiled.
     """
 
     sites: tuple[SiteOutcome, ...]
@@ -25,6 +26,7 @@ class Report:
     inner: str
     impl: str
     choices: tuple[str, ...] = ()
+    outside: str = ""
 
     @property
     def rewritten(self) -> tuple[str, ...]:
@@ -42,6 +44,8 @@ class Report:
             f"{len(self.rewritten)} of {len(self.sites)} sites sparse, {self.graphs} graphs "
             f"compiled by {self.inner}, implementation {self.impl}"
         ]
+        if self.outside:
+            lines.append(f"  outside of all graphs: {self.outside}")
         width = max((len(site.name) for site in self.sites), default=0)
         for site in self.sites:
             rule = "dense" if site.rule is None else site.rule.describe()

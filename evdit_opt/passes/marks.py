@@ -107,6 +107,7 @@ class RootMark:
         live: where the sites read the grid.
         sites: the marked modules.
         handles: the hooks.
+        outside: what keeps the model out of all graphs; empty if nothing does.
     """
 
     source: GridSource | None
@@ -114,6 +115,7 @@ class RootMark:
     live: LiveGrid
     sites: list[nn.Module] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
+    outside: str = ""
 
     def remove(self) -> None:
         """Take all hooks and attributes off again."""
@@ -186,8 +188,9 @@ def _mark_input(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     site: Any = module._evdit_site
     if not torch.compiler.is_compiling():
-        if site.index is not None:
-            return args, kwargs  # observing only: who observes notices that this site never called
+        if site.index is not None or site.attend is not None:
+            # Who observes notices that this site never called; a scope does the mark's work.
+            return args, kwargs
         raise PlanMismatchError(
             f"expected site {site.name} to run in a compiled graph, it was executed eagerly, where "
             "its sparse attention cannot be applied. Call the whole model rather than its "

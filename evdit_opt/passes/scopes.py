@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from evdit_opt.errors import PlanMismatchError
 from evdit_opt.passes.decide_site import SiteOutcome, decide, text_around
@@ -37,7 +38,7 @@ from evdit_opt.passes.marks import RootMark, SiteMark, site_modules
 from evdit_opt.passes.site_mark import MARK_QKV, MarkFacts, SiteSpec
 from evdit_opt.passes.swap_attention import ResidualMissing
 
-__all__ = ["Attend", "SiteScope", "SparseAttend", "add_scopes"]
+__all__ = ["Attend", "SiteScope", "SparseAttend", "add_scopes", "marks_to_scopes"]
 
 Attend = Callable[[SiteMark, Attention, MarkFacts], Tensor]
 """``attend(site, attention, facts)``: the output of an SDPA outside all graphs."""
@@ -140,23 +141,65 @@ def add_scopes(
     """
     if not specs:
         return
+    for name, module in site_modules(model, specs).items():
+        index = None if indices is None else indices[name]
+        module._evdit_site = SiteMark(name, specs[name], root.live, index, attend)  # type: ignore[assignment]
+        root.sites.append(module)
+        root.handles += _hook(module)
+    root.handles += _hook_end(model, root)
+
+
+def marks_to_scopes(model: nn.Module, root: RootMark, attend: Attend) -> Callable[[], None]:
+    """Reach the marked sites in scopes instead, for a model that runs outside of all graphs.
+
+    Args:
+        model: the denoiser.
+        root: its marks.
+        attend: computes the sites' attention.
+
+    Returns:
+        A function that makes them marked sites again.
+    """
+    sites: list[Any] = [module for module in root.sites if _site(module).attend is None]
+    handles = _hook_end(model, root)
+    for module in sites:
+        _site(module).attend = attend
+        handles += _hook(module)
+    root.handles += handles
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+        for module in sites:
+            _site(module).attend = None
+
+    return undo
+
+
+def _hook(module: nn.Module) -> list[RemovableHandle]:
     # Dynamo must not trace the hooks, and where it does not trace the model, it must not compile
     # __torch_function__ for every function that passes.
     torch._dynamo.decorators.skip(_enter)
     torch._dynamo.decorators.skip(_leave)
     torch._dynamo.eval_frame.skip_code(SiteScope.__torch_function__.__code__)
-    for name, module in site_modules(model, specs).items():
-        index = None if indices is None else indices[name]
-        module._evdit_site = SiteMark(name, specs[name], root.live, index, attend)  # type: ignore[assignment]
-        root.sites.append(module)
-        root.handles.append(module.register_forward_pre_hook(_enter))
-        root.handles.append(module.register_forward_hook(_leave, always_call=True))
-    if root.source is not None:
-        root.handles.append(model.register_forward_hook(_forward_is_over, always_call=True))
+    return [
+        module.register_forward_pre_hook(_enter),
+        module.register_forward_hook(_leave, always_call=True),
+    ]
+
+
+def _hook_end(model: nn.Module, root: RootMark) -> list[RemovableHandle]:
+    if root.source is None:
+        return []
+    return [model.register_forward_hook(_forward_is_over, always_call=True)]
+
+
+def _site(module: nn.Module) -> Any:
+    return module._evdit_site
 
 
 def _enter(module: nn.Module, _args: Any) -> None:
-    site: Any = module._evdit_site
+    site = _site(module)
     if site.index is None and not site.live.running:
         raise PlanMismatchError(
             f"expected site {site.name} to run within a forward of its model, which says how many "
@@ -166,7 +209,7 @@ def _enter(module: nn.Module, _args: Any) -> None:
 
 
 def _leave(module: nn.Module, _args: Any, output: Any) -> None:
-    site: Any = module._evdit_site
+    site = _site(module)
     scope = torch.overrides._get_current_function_mode()
     if not isinstance(scope, SiteScope) or scope.site is not site:
         assert output is None, scope  # a hook before _enter raised

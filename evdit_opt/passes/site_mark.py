@@ -62,7 +62,8 @@ FACTS = (
 )
 LEFT_OVER = (
     "expected the evdit backend to compile this graph, another backend did: a site mark was left "
-    "in it. Call the model that apply_plan was given, do not compile it or its parts again"
+    "in it. Do not call compile() or compile_repeated_blocks() on an optimized model, apply_plan "
+    "compiles it: restore(model), then apply_plan(model, plan) make it right again"
 )
 
 
