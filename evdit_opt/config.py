@@ -23,8 +23,8 @@ class Config:
         threshold: r of Algorithm 1: the largest relative error of a site's attention output,
             ``||sparse - dense|| / ||dense||``, at which a rule is accepted. No unit. Larger is
             faster and further from the dense video.
-        density: kept share of token pairs, mean over sites, 0 to 1, to search for instead: the
-            threshold is then the smallest that reaches it. None: ``threshold`` decides.
+        density: kept share of token pairs, mean over sites and steps, 0 to 1, to search for
+            instead. None: ``threshold`` decides.
         references: numbers of reference frames k to try.
         windows: numbers of frames kept on each side of the diagonal to try.
         weightings: how kept reference tiles are weighted, see ``Rule.weighting``.
@@ -32,8 +32,12 @@ class Config:
         max_density: kept share of tiles, 0 to 1, above which a rule cannot pay: not tried.
         min_tokens: sequence length in tokens below which a site runs dense. Attention over short
             sequences is not where the time goes.
-        calib_steps: denoising steps of every calibration and verification run.
-        record_every: every how many denoiser forwards of a run errors are measured.
+        calib_steps: denoising steps of every calibration and verification run. Where residuals are
+            reused, best as many as you will use: they are renewed at fixed noise levels, so a run
+            of more steps is faster, and one of fewer slower, than calibrated.
+        reuse: whether sites may keep what their mask drops from step to step (pipelines only).
+        reuse_memory: GiB that all kept residuals together may take on the model's device; None: a
+            quarter of its memory. 0: as ``reuse=False``.
         trial_prompts: how many calibration prompts (or calls) every candidate plan is run on, end
             to end, to choose between weightings and between searched and uniform masks.
         verify_prompts: how many of the given prompts (the last ones) are kept from the search, to
@@ -67,7 +71,8 @@ class Config:
     max_density: float = 0.8
     min_tokens: int = 256
     calib_steps: int = 8
-    record_every: int = 1
+    reuse: bool = True
+    reuse_memory: float | None = None
     trial_prompts: int = 2
     verify_prompts: int = 2
     seed: int = 0
@@ -95,11 +100,13 @@ class Config:
                 _require_one_of(name, value, allowed)
         for name in ("min_tokens", "verify_prompts", "seed"):
             _require_int(name, getattr(self, name), 0)
-        for name in ("calib_steps", "record_every", "trial_prompts"):
+        for name in ("calib_steps", "trial_prompts"):
             _require_int(name, getattr(self, name), 1)
         _require_int("max_distinct_rules", self.max_distinct_rules, 1, 8)
         if self.density is not None:
             _require_number("density", self.density, 0.0, 1.0)
+        if self.reuse_memory is not None:
+            _require_number("reuse_memory", self.reuse_memory, 0.0)
         if self.min_psnr is not None:
             _require_number("min_psnr", self.min_psnr, 0.0)
         if self.min_ssim is not None:
@@ -111,8 +118,9 @@ class Config:
             raise _wrong("inner", "the name of a torch.compile backend", self.inner)
         if not isinstance(self.grid, (VideoGrid, NoneType)):
             raise _wrong("grid", "a VideoGrid", self.grid)
-        if not isinstance(self.progress, bool):
-            raise _wrong("progress", "True or False", self.progress)
+        for name in ("progress", "reuse"):
+            if not isinstance(getattr(self, name), bool):
+                raise _wrong(name, "True or False", getattr(self, name))
         if not isinstance(self.pipe_kwargs, Mapping):
             raise _wrong("pipe_kwargs", "a dict of pipeline arguments", self.pipe_kwargs)
 

@@ -17,7 +17,7 @@ import torch
 from evdit_opt.errors import MaskError
 from evdit_opt.grid import TokenLayout
 
-__all__ = ["DROPPED", "MAX_FRAMES", "Rule", "TileMask", "block_density"]
+__all__ = ["CACHED", "DROPPED", "MAX_FRAMES", "Rule", "TileMask", "block_density"]
 
 DROPPED = -math.inf
 MAX_FRAMES = 4096
@@ -167,7 +167,8 @@ class Rule:
     Attributes:
         references: number of reference frames k asked for; at most k are placed (fewer where
             ``ceil(F / k)`` steps over the end, all where k >= F).
-        window: frames kept on each side of the diagonal; 0 is the paper's family, "k:(F-k)".
+        window: frames kept on each side of the diagonal; 0 is the paper's family, "k:(F-k)". -1,
+            only without references, keeps nothing at all: see :data:`CACHED`.
         weighting: "none" is the paper's. "balanced": in the row of a non-reference frame every kept
             tile of a reference frame gets ``log(1 + dropped / placed references)``, so the kept
             references stand for the ``dropped`` tiles that row lost.
@@ -184,20 +185,31 @@ class Rule:
     spacing: Spacing = "paper"
 
     def __post_init__(self) -> None:
-        for name in ("references", "window"):
+        for name, low in (("references", 0), ("window", -1 if self.references == 0 else 0)):
             value = getattr(self, name)
             if (
                 isinstance(value, bool)
                 or not isinstance(value, int)
-                or not 0 <= value <= MAX_FRAMES
+                or not low <= value <= MAX_FRAMES
             ):
                 raise MaskError(
-                    f"expected Rule.{name} to be an integer in 0..{MAX_FRAMES}, got {value!r}"
+                    f"expected Rule.{name} to be an integer in {low}..{MAX_FRAMES}, got {value!r}"
                 )
         if self.weighting not in ("none", "balanced"):
             raise MaskError(f"expected Rule.weighting 'none' or 'balanced', got {self.weighting!r}")
         if self.spacing not in ("paper", "centred"):
             raise MaskError(f"expected Rule.spacing 'paper' or 'centred', got {self.spacing!r}")
+
+    @property
+    def keeps_nothing(self) -> bool:
+        """True for :data:`CACHED`."""
+        return self.window < 0
+
+    def density(self, layout: TokenLayout) -> float:
+        """Kept / all token pairs of a whole sequence, text included."""
+        if self.keeps_nothing:
+            return 0.0
+        return self.mask(layout.grid.frames).token_density(layout)
 
     def reference_frames(self, frames: int) -> tuple[int, ...]:
         """The reference frames for a clip of ``frames`` latent frames, ascending."""
@@ -216,6 +228,8 @@ class Rule:
         """
         if not 1 <= frames <= MAX_FRAMES:
             raise MaskError(f"expected 1 to {MAX_FRAMES} frames, got {frames}")
+        if self.keeps_nothing:
+            raise MaskError("expected a rule that keeps something, this one only reuses")
         references = frozenset(self.reference_frames(frames))
         return TileMask(tuple(self._row(i, frames, references) for i in range(frames)))
 
@@ -232,6 +246,8 @@ class Rule:
 
     def describe(self, frames: int | None = None) -> str:
         """A short name such as ``2:6``, ``2:6 balanced`` or ``1 reference + window 1``."""
+        if self.keeps_nothing:
+            return "cached output"
         if self.window == 0 and frames is not None:
             placed = len(self.reference_frames(frames))
             text = f"{placed}:{frames - placed}"
@@ -242,6 +258,10 @@ class Rule:
         if self.weighting != "none":
             text += f" {self.weighting}"
         return text + (" centred" if self.spacing == "centred" and self.references else "")
+
+
+CACHED = Rule(references=0, window=-1)
+"""Keeps nothing: between refreshes the site returns its last output, and computes no attention."""
 
 
 def block_density(mask: TileMask, layout: TokenLayout, block: int = 128) -> float:

@@ -9,8 +9,8 @@ import os
 import secrets
 import stat
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evdit_opt import strict_json
@@ -105,6 +105,10 @@ class Plan:
             without = sorted(set(self.reuse.sites) - set(self.rules))
             if without:
                 raise PlanError(f"expected a rule at every site that reuses, {without[0]} has none")
+        reusing = () if self.reuse is None else self.reuse.sites
+        for name, rule in self.rules.items():
+            if rule.keeps_nothing and name not in reusing:
+                raise PlanError(f"expected {name}, whose rule keeps nothing, among those that reuse")
         if len(self.versions) > 100 or list(self.versions) != sorted(dict(self.versions).items()):
             raise PlanError("expected versions of at most 100 packages, each once, sorted by name")
         for package, version in self.versions:
@@ -179,8 +183,31 @@ class Plan:
 
     @property
     def density(self) -> float:
-        """Mean density over sites, each counted once; a dense site counts 1."""
-        return sum(site.density for site in self.sites) / len(self.sites)
+        """Mean over sites, each counted once; a dense site counts 1.
+
+        Of a plan that reuses also the mean over the steps of the run it was found for.
+        """
+        return self.density_over(() if self.reuse is None else self.reuse.levels)
+
+    def density_over(self, levels: Sequence[float]) -> float:
+        """Kept share of token pairs, mean over the sites and the steps of a run.
+
+        A refresh counts the dense attention and the mask.
+
+        Args:
+            levels: noise levels of the run's steps, descending; empty: one step between refreshes.
+        """
+        between = sum(site.density for site in self.sites) / len(self.sites)
+        if self.reuse is None or not levels:
+            return between
+        reusing = set(self.reuse.sites)
+        kept = {
+            "dense": 1.0,
+            "reuse": between,
+            "refresh": between + len(reusing) / len(self.sites),
+        }
+        modes = self.reuse.modes(levels)
+        return sum(kept[mode] for mode in modes) / len(modes)
 
     @property
     def rules(self) -> dict[str, Rule]:
@@ -195,7 +222,7 @@ class Plan:
             sites=tuple((site.name, site.rule, site.layout) for site in self.sites),
             grid_source=self.grid_source,
             min_tokens=self.min_tokens,
-            reuse=self.reuse,
+            reuse=None if self.reuse is None else replace(self.reuse, levels=()),
         )
         return hashlib.sha256(strict_json.dump(content).encode()).hexdigest()
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -110,11 +111,14 @@ class ReuseRecord:
         timestep: the parameter of the model's forward that holds the noise level.
         refresh_at: noise levels, in units of that parameter, descending. The first step at or below
             each of them is a refresh; steps above the first are dense.
+        levels: noise levels of all steps of the run that this was found for, descending; empty if
+            not known.
     """
 
     sites: tuple[str, ...]
     timestep: str
     refresh_at: tuple[float, ...]
+    levels: tuple[float, ...] = field(default=(), metadata={OPTIONAL: True})
 
     def __post_init__(self) -> None:
         require_text("timestep", self.timestep, 100)
@@ -126,10 +130,27 @@ class ReuseRecord:
             )
         for level in self.refresh_at:
             require_number("refresh_at", level, 0.0)
-        if any(a <= b for a, b in itertools.pairwise(self.refresh_at)):
-            raise PlanError("expected refresh levels in descending order, each once")
+        if len(self.levels) > MAX_REFRESHES:
+            raise PlanError(f"expected at most {MAX_REFRESHES} levels, got {len(self.levels)}")
+        for level in self.levels:
+            require_number("levels", level, 0.0)
+        for levels in (self.refresh_at, self.levels):
+            if any(a <= b for a, b in itertools.pairwise(levels)):
+                raise PlanError("expected noise levels in descending order, each once")
         if len(set(self.sites)) != len(self.sites) or not 1 <= len(self.sites) <= MAX_REFRESHES:
             raise PlanError(f"expected 1 to {MAX_REFRESHES} sites that reuse, each once")
+
+    def due(self, level: float) -> int:
+        """How many refresh levels lie at or above a noise level (up to rounding)."""
+        return sum(level <= at * (1 + 1e-6) for at in self.refresh_at)
+
+    def modes(self, levels: Sequence[float]) -> tuple[str, ...]:
+        """What every step of a run asks of the sites that reuse: dense, refresh or reuse."""
+        due = [0, *(self.due(level) for level in levels)]
+        return tuple(
+            "dense" if now == 0 else "refresh" if now > before else "reuse"
+            for before, now in itertools.pairwise(due)
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,10 +18,11 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from evdit_opt.apply import apply_plan, is_optimized, report, restore
 from evdit_opt.errors import PlanError, PlanMismatchError, UnsupportedInputError
+from evdit_opt.generations import STRANGERS
 from evdit_opt.grid import TokenLayout
 from evdit_opt.masks import Rule
 from evdit_opt.plan import Plan
-from evdit_opt.reuse import STRANGERS, refresh_every, with_reuse
+from evdit_opt.reuse import refresh_every, with_reuse
 from tests.models.branching_dit import make_branching, scope_plan
 from tests.models.masked import masked_attention
 from tests.models.toy_dit import GRID, ToyDiT, make_plan, toy_inputs, toy_rules

@@ -1,9 +1,11 @@
 """Which rules a calibration tries."""
 
-from evdit_opt.config import Config
-from evdit_opt.masks import Rule, TileMask
+from collections.abc import Iterable
 
-__all__ = ["candidate_rules"]
+from evdit_opt.config import Config
+from evdit_opt.masks import CACHED, Rule, TileMask
+
+__all__ = ["candidate_rules", "reused_rules"]
 
 
 def candidate_rules(config: Config, frames: int) -> tuple[Rule, ...]:
@@ -12,18 +14,40 @@ def candidate_rules(config: Config, frames: int) -> tuple[Rule, ...]:
     Rules that give a mask another rule already gives, the dense mask, or a density above
     ``config.max_density`` are left out. Ordered from sparse to dense.
     """
-    seen: set[TileMask] = set()
-    rules: list[Rule] = []
-    for references in config.references:
-        for window in config.windows:
-            for spacing in config.spacings:
-                for weighting in config.weightings:
-                    if references == 0 and window == 0:
-                        continue  # frames that never see each other cannot make a video
-                    rule = Rule(references, window, weighting, spacing)
-                    mask = rule.mask(frames)
-                    if mask in seen or mask.is_dense or mask.density > config.max_density:
-                        continue
-                    seen.add(mask)
-                    rules.append(rule)
-    return tuple(sorted(rules, key=lambda rule: rule.mask(frames).density))
+    spanned = (
+        Rule(references, window, weighting, spacing)
+        for references in config.references
+        for window in config.windows
+        for spacing in config.spacings
+        for weighting in config.weightings
+        if references or window  # frames that never see each other cannot make a video
+    )
+    return _distinct(spanned, frames, config.max_density)
+
+
+def reused_rules(config: Config, frames: int) -> tuple[Rule, ...]:
+    """Rules for the steps between refreshes, from sparse to dense.
+
+    Unweighted ones only: a residual already carries what weighting imitates. What frames do not see
+    of each other is in it as well, so each may be alone, or the whole output may be the residual.
+    """
+    spanned = (
+        Rule(references, window, "none", spacing)
+        for references in (0, *config.references)
+        for window in (0, *config.windows)
+        for spacing in config.spacings
+    )
+    return CACHED, *_distinct(spanned, frames, min(config.max_density, MAX_REUSED_DENSITY))
+
+
+MAX_REUSED_DENSITY = 0.5
+"""Denser rules leave less to gain between refreshes than another refresh costs."""
+
+
+def _distinct(rules: Iterable[Rule], frames: int, max_density: float) -> tuple[Rule, ...]:
+    found: dict[TileMask, Rule] = {}
+    for rule in rules:
+        mask = rule.mask(frames)
+        if not mask.is_dense and mask.density <= max_density:
+            found.setdefault(mask, rule)
+    return tuple(found[mask] for mask in sorted(found, key=lambda mask: mask.density))

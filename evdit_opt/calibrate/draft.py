@@ -5,12 +5,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evdit_opt.calibrate.error import CandidateError
+from evdit_opt.calibrate.site_record import CandidateError
 from evdit_opt.calibrate.search import Choice, Errors
 from evdit_opt.calibrate.survey import Survey
 from evdit_opt.config import Config
+from evdit_opt.masks import Rule
 from evdit_opt.models import Denoiser, Item, config_hash
-from evdit_opt.plan import CalibrationRecord, Plan, RuleEvidence, SiteLayout, SitePlan
+from evdit_opt.plan import (
+    CalibrationRecord,
+    Plan,
+    ReuseRecord,
+    RuleEvidence,
+    SiteLayout,
+    SitePlan,
+)
 from evdit_opt.versions import installed_versions
 
 __all__ = ["Drafter"]
@@ -36,7 +44,7 @@ class Drafter:
             [
                 self._site(
                     name,
-                    choice.get(name),
+                    _rule(choice.get(name)),
                     self._reason(choice.get(name), errors[name], threshold),
                     errors[name],
                 )
@@ -44,6 +52,22 @@ class Drafter:
             ],
             threshold,
         )
+
+    def draft_reuse(self, found: Found, errors: Errors, levels: Sequence[float]) -> Plan:
+        """A plan that reuses residuals, at the grid and for runs with the noise ``levels``."""
+        sites = []
+        for name, option in found.options.items():
+            reason = "dense: nothing cheaper is worth its damage"
+            if option.rule is not None:
+                reason = f"error {option.error:.3f}" + (" between refreshes" * option.reuses)
+            sites.append(self._site(name, option.rule, reason, errors[name]))
+        reuse = ReuseRecord(
+            sites=tuple(name for name, option in found.options.items() if option.reuses),
+            timestep=TIMESTEP,
+            refresh_at=tuple(levels[step] for step in found.refreshes),
+            levels=tuple(levels),
+        )
+        return self._plan(sites, self.config.threshold, reuse)
 
     def dense(self, reason: str) -> Plan:
         """A plan that leaves every site dense, because of ``reason``."""
@@ -64,17 +88,17 @@ class Drafter:
     def _site(
         self,
         name: str,
-        chosen: CandidateError | None,
+        rule: Rule | None,
         reason: str,
         candidates: Sequence[CandidateError],
     ) -> SitePlan:
         layout = self.survey.layouts[name]
         return SitePlan(
             name=name,
-            rule=None if chosen is None else chosen.rule,
+            rule=rule,
             reason=reason,
             layout=SiteLayout(prefix=layout.prefix, suffix=layout.suffix),
-            density=1.0 if chosen is None else chosen.density,
+            density=1.0 if rule is None else rule.density(layout),
             way="scope" if name in self.survey.scoped else "mark",
             errors=tuple(
                 RuleEvidence(
@@ -87,7 +111,9 @@ class Drafter:
             ),
         )
 
-    def _plan(self, sites: Sequence[SitePlan], threshold: float) -> Plan:
+    def _plan(
+        self, sites: Sequence[SitePlan], threshold: float, reuse: ReuseRecord | None = None
+    ) -> Plan:
         return Plan(
             model_class=type(self.denoiser.model).__name__,
             model_config_hash=config_hash(self.denoiser.model),
@@ -95,6 +121,7 @@ class Drafter:
             grid=self.survey.grid,
             grid_source=self.survey.grid_source,
             min_tokens=self.config.min_tokens,
+            reuse=reuse,
             fullgraph=self.survey.fullgraph,
             calibration=CalibrationRecord(
                 prompts_hash=_hash_items(self.denoiser.items),
@@ -105,6 +132,10 @@ class Drafter:
             ),
             versions=tuple(sorted(installed_versions().items())),
         )
+
+
+def _rule(chosen: CandidateError | None) -> Rule | None:
+    return None if chosen is None else chosen.rule
 
 
 def _hash_items(items: Sequence[Item]) -> str:

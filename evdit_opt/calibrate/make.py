@@ -1,26 +1,23 @@
-"""Calibration in a straight line: survey, measure, search, try, verify -> ``Plan``."""
+"""Calibration in a straight line: survey, record, search, try, verify -> ``Plan``."""
 
 import logging
+import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from evdit_opt.apply import is_optimized
 from evdit_opt.calibrate.draft import Drafter
-from evdit_opt.calibrate.record import record_errors
-from evdit_opt.calibrate.search import (
-    Errors,
-    choose_rules,
-    choose_uniform,
-    mean_density,
-    threshold_for_density,
-)
+from evdit_opt.calibrate.gain import probe_gains
+from evdit_opt.calibrate.kinds import Kind, Planner
+from evdit_opt.calibrate.record import Recording, record
+from evdit_opt.calibrate.reuse_search import Problem
+from evdit_opt.calibrate.stage import Stage, staged
 from evdit_opt.calibrate.survey import survey_attention
 from evdit_opt.calibrate.trial import mean_error, run_with_plan, try_plans
 from evdit_opt.config import Config
 from evdit_opt.errors import AlreadyOptimizedError, CalibrationError, QualityFloorError
-from evdit_opt.masks import Weighting
 from evdit_opt.models import Item, as_denoiser
 from evdit_opt.plan import Plan
 from evdit_opt.quality import compare
@@ -29,6 +26,7 @@ __all__ = ["make_plan"]
 
 logger = logging.getLogger(__name__)
 
+GIB = 2**30
 BACK_OFFS = 3
 """How often a plan that misses the quality floor is made denser before giving up."""
 
@@ -37,9 +35,10 @@ def make_plan(target: object, calib: Iterable[Item], config: Config | None = Non
     """Calibrate: find out where a model's 3D attention can be sparse, and how sparse.
 
     Runs the dense model on the calibration items and measures every candidate mask at every site
-    (Efficient-vDiT, arXiv 2502.06155, Algorithm 1, with a relative threshold), chooses between
-    weightings, and between searched and uniform masks, by whole runs, and measures quality on the
-    last ``config.verify_prompts`` items, which the search never sees. The model is left dense.
+    (Efficient-vDiT, arXiv 2502.06155, Algorithm 1, with a relative threshold), and how fast what it
+    drops changes from step to step. Chooses between weightings, between searched and uniform masks,
+    and between static masks and residual reuse, by whole runs, and measures quality on the last
+    ``config.verify_prompts`` items, which the search never sees. The model is left dense.
 
     Args:
         target: a diffusers video pipeline, or an ``nn.Module``.
@@ -79,96 +78,86 @@ def make_plan(target: object, calib: Iterable[Item], config: Config | None = Non
     if longest < config.min_tokens:
         return drafter.dense(f"{longest} tokens, fewer than min_tokens = {config.min_tokens}")
 
-    errors, dense_runs = record_errors(
-        denoiser, survey.layouts, denoiser.items[:searched], config, survey.scoped
+    searched_items = denoiser.items[:searched]
+    with staged(denoiser, survey.layouts, survey.scoped) as stage:
+        recording = record(stage, searched_items, config, survey.grid_source.input)
+        planner = Planner(drafter, recording, _problem(stage, recording, config))
+        density = planner.density()
+        kind, plan = _try(stage, planner, density, searched_items[: config.trial_prompts])
+    return _verify(drafter, kind, plan, searched) if plan.rules else plan
+
+
+def _problem(stage: Stage, recording: Recording, config: Config) -> Problem:
+    """What the search of plans that reuse has to know."""
+    gains = dict.fromkeys(recording.errors, 1.0)
+    limit = 0
+    if any(recording.reuse.values()):
+        gains |= probe_gains(stage, recording.calls, config.repeatable_impl)
+        one = recording.branches * max(recording.residual_bytes.values())
+        limit = int(_memory(config, stage.denoiser.model) // one)
+        logger.info(
+            "residuals take %.3f GiB a site (%d guidance branches): up to %d of %d sites may reuse",
+            one / GIB, recording.branches, limit, len(gains),
+        )  # fmt: skip
+    return Problem(
+        errors=recording.errors,
+        reuse=recording.reuse,
+        gains=gains,
+        levels=recording.levels,
+        max_reusing=limit,
+        max_rules=config.max_distinct_rules,
     )
-    found = _search(drafter, errors, dense_runs)
-    return _verify(drafter, found, errors, searched) if found.plan.rules else found.plan
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A plan, and what it takes to make a denser one of the same kind."""
-
-    plan: Plan
-    weighting: Weighting
-    uniform: bool
-
-    @property
-    def name(self) -> str:
-        return f"{'uniform' if self.uniform else 'searched'}, weighting {self.weighting}"
+def _memory(config: Config, model: torch.nn.Module) -> float:
+    """Bytes that residuals may take."""
+    if config.reuse_memory is not None:
+        return config.reuse_memory * GIB
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 4
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
 
 
-def _search(drafter: Drafter, errors: Errors, dense_runs: Sequence[torch.Tensor]) -> _Found:
-    """Search each weighting at equal density, and uniform masks; keep what whole runs favour."""
-    config = drafter.config
-    first = _only(errors, config.weightings[0])
-    threshold = config.threshold
-    if config.density is not None:
-        threshold = threshold_for_density(first, config.density, config.max_distinct_rules)
-    choice = choose_rules(first, threshold, config.max_distinct_rules)
-    if not any(choice.values()):
-        return _Found(drafter.draft(choice, first, threshold), config.weightings[0], False)
-    density = mean_density(choice)
-    options = [
-        _Found(_at_density(drafter, errors, density, weighting, uniform), weighting, uniform)
-        for weighting in config.weightings
-        for uniform in (False, True)
-    ]
-    # Small searches often agree; one run per different plan is enough, and the first name stays.
-    options = list({option.plan.fingerprint(): option for option in reversed(options)}.values())
-    options = [option for option in reversed(options) if option.plan.rules]
-    items = drafter.denoiser.items[: min(config.trial_prompts, len(dense_runs))]
-    plans = [(option.name, option.plan) for option in options]
-    trials = try_plans(drafter.denoiser, plans, items, dense_runs, config)
+def _try(
+    stage: Stage, planner: Planner, density: float, items: Sequence[Item]
+) -> tuple[Kind | None, Plan]:
+    """Run a plan of every kind that may be the best; keep what whole runs favour."""
+    config = planner.config
+    options = planner.worth_trying(density)
+    if not options:
+        return None, planner.all_dense()
+    plans = [(kind.name, plan) for kind, plan in options]
+    trials = try_plans(stage, plans, items, planner.recording.results, config)
     order = sorted(range(len(trials)), key=lambda index: trials[index].temporal)
-    best = options[order[0]]
-    record = replace(best.plan.calibration, trials=tuple(trials[index] for index in order))
-    return replace(best, plan=replace(best.plan, calibration=record))
+    kind, best = options[order[0]]
+    found = replace(best.calibration, trials=tuple(trials[index] for index in order))
+    return kind, replace(best, calibration=found)
 
 
-def _at_density(
-    drafter: Drafter, errors: Errors, density: float, weighting: Weighting, uniform: bool
-) -> Plan:
-    """The plan of one kind whose mean density is at most ``density``."""
-    limit = drafter.config.max_distinct_rules
-    own = _only(errors, weighting)
-    threshold = threshold_for_density(own, density, limit)
-    choice = choose_uniform(own, density) if uniform else choose_rules(own, threshold, limit)
-    return drafter.draft(choice, own, threshold)
-
-
-def _only(errors: Errors, weighting: Weighting) -> Errors:
-    """The candidates of one weighting. Those without references have none to weight, and stay."""
-    return {
-        site: tuple(c for c in own if c.rule.weighting == weighting or c.rule.references == 0)
-        for site, own in errors.items()
-    }
-
-
-def _verify(drafter: Drafter, found: _Found, errors: Errors, searched: int) -> Plan:
+def _verify(drafter: Drafter, kind: Kind | None, plan: Plan, searched: int) -> Plan:
     """Measure quality on held-out items; back off towards dense while it misses the floor."""
     denoiser, config = drafter.denoiser, drafter.config
     held_out = denoiser.items[searched:]
-    if not held_out:
-        return found.plan
+    if not held_out or kind is None:
+        return plan
     dense = [
         denoiser.run(item, config.seed + searched + index, config.calib_steps)
         for index, item in enumerate(held_out)
     ]
-    plan = found.plan
     for back_offs in range(BACK_OFFS + 1):
         sparse = run_with_plan(denoiser, plan, held_out, config, first=searched)
-        record = replace(plan.calibration, held_out_error=mean_error(sparse, dense))
+        found = replace(plan.calibration, held_out_error=mean_error(sparse, dense))
         quality = compare(sparse, dense) if denoiser.makes_video else None
-        plan = replace(plan, calibration=record, quality=quality)
+        plan = replace(plan, calibration=found, quality=quality)
         missed = "; ".join(config.missed_floors(quality))
         if not missed:
             return plan
         logger.warning("held-out quality at density %.3f: %s", plan.density, missed)
-        if back_offs < BACK_OFFS:
-            denser = (1.0 + plan.density) / 2
-            plan = _at_density(drafter, errors, denser, found.weighting, found.uniform)
+        denser = kind.at((1.0 + plan.density) / 2) if back_offs < BACK_OFFS else None
+        if denser is None:
+            break
+        plan = denser.plan
     raise QualityFloorError(
         f"expected a plan within the quality floor, the best found misses it: {missed}; lower the "
         "floor or Config.threshold, or keep the model dense (the plan is this error's .plan)",

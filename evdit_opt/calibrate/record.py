@@ -1,73 +1,140 @@
 """Run the dense model on calibration items and measure every candidate on what each site sees."""
 
-from collections.abc import Collection, Mapping, Sequence
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from evdit_opt.calibrate.candidates import candidate_rules
-from evdit_opt.calibrate.error import CandidateError, SiteErrors
+from evdit_opt.calibrate.candidates import candidate_rules, reused_rules
+from evdit_opt.calibrate.site_record import CandidateError, ReuseError, SiteRecord
+from evdit_opt.calibrate.stage import Stage
 from evdit_opt.config import Config
 from evdit_opt.errors import CalibrationError
-from evdit_opt.grid import TokenLayout
-from evdit_opt.models import Denoiser, Item, require_finite
-from evdit_opt.passes.observe_attention import observe
+from evdit_opt.generations import Generation, Generations
+from evdit_opt.models import Item, require_finite
 from evdit_opt.progress import track
 
-__all__ = ["record_errors"]
+__all__ = ["TIMESTEP", "Recording", "record"]
+
+TIMESTEP = "timestep"
+"""The parameter of a denoiser's forward that holds the noise level, in all of diffusers."""
+
+PROBED_CALLS = 2
 
 
-def record_errors(
-    denoiser: Denoiser,
-    layouts: Mapping[str, TokenLayout],
-    items: Sequence[Item],
-    config: Config,
-    scoped: Collection[str] = (),
-) -> tuple[dict[str, tuple[CandidateError, ...]], list[torch.Tensor]]:
-    """Dense runs of all items, with every ``config.record_every``-th forward measured.
+@dataclass(frozen=True)
+class Recording:
+    """What dense runs told.
+
+    Attributes:
+        errors: per site, of every rule that is applied in every step.
+        reuse: per site, of every rule that reuses residuals; empty where that is impossible.
+        levels: noise levels of the steps of a run, descending; empty if the model has no steps.
+        branches: guidance branches of a run: calls of the model per step.
+        residual_bytes: per site, of one residual.
+        mass: per site, share of attention by tile, ``[heads, frames, parts]``.
+        calls: arguments, by name, of some calls spread over the first run.
+        results: what each dense run returned (see ``Denoiser.run``).
+    """
+
+    errors: Mapping[str, tuple[CandidateError, ...]]
+    reuse: Mapping[str, tuple[ReuseError, ...]]
+    levels: tuple[float, ...]
+    branches: int
+    residual_bytes: Mapping[str, int]
+    mass: Mapping[str, Tensor]
+    calls: Sequence[Mapping[str, Any]]
+    results: Sequence[Tensor]
+
+
+class _Steps:
+    """Which generation and step the running call belongs to."""
+
+    def __init__(self, video: str, timed: bool) -> None:
+        self.generations = Generations(video, TIMESTEP) if timed else None
+        self.calls: list[Mapping[str, Any]] = []
+        self.now: Generation | None = None
+        self.levels: dict[int, float] = {}
+        self.seen: set[int] = set()  # generations of this run
+
+    def listen(self, arguments: Mapping[str, Any]) -> None:
+        self.calls.append(arguments)
+        if self.generations is None:
+            return
+        self.now = self.generations.begin(arguments)
+        self.levels.setdefault(self.now.step, self.now.level)
+        self.seen.add(id(self.now))
+
+
+def record(stage: Stage, items: Sequence[Item], config: Config, video: str) -> Recording:
+    """Dense runs of all items, with every forward measured.
 
     Args:
-        denoiser: the model and how to run it.
-        layouts: token layout per site, in model order.
+        stage: the model.
         items: prompts or calls to run; the seed of item n is ``config.seed + n``.
         config: candidates, steps, seed.
-        scoped: the sites of ``layouts`` that are reached in a scope.
-
-    Returns:
-        Candidate errors per site, and what each dense run returned (see ``Denoiser.run``).
+        video: the parameter of the model's forward that holds the video.
 
     Raises:
         NonFiniteOutputError: on NaN or infinity in an attention input or a result.
         CalibrationError: if a site was never reached.
     """
+    denoiser = stage.denoiser
+    timed = denoiser.makes_video and TIMESTEP in inspect.signature(denoiser.model.forward).parameters
+    reuse = timed and config.reuse
     sites = {
-        name: SiteErrors(
-            layout, candidate_rules(config, layout.grid.frames), config.repeatable_impl
+        name: SiteRecord(
+            layout,
+            candidate_rules(config, layout.grid.frames),
+            reused_rules(config, layout.grid.frames) if reuse else (),
+            seed=config.seed + number,
         )
-        for name, layout in layouts.items()
+        for number, (name, layout) in enumerate(stage.layouts.items())
     }
-    seen = dict.fromkeys(sites, 0)
+    steps, calls = _Steps(video, timed), []
+    residual_bytes: dict[str, int] = {}
 
     def measure(
-        name: str,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        scale: float | None,
+        name: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, scale: float | None
     ) -> None:
-        if seen[name] % config.record_every == 0:
-            for tensor, what in ((q, "queries"), (k, "keys"), (v, "values")):
-                require_finite(tensor, f"the {what} at {name}")
-            sites[name].add(q, k, v, attn_mask, scale)
-        seen[name] += 1
+        for tensor, what in ((q, "queries"), (k, "keys"), (v, "values")):
+            require_finite(tensor, f"the {what} at {name}")
+        residual_bytes[name] = q.numel() * q.element_size()
+        now = steps.now
+        generation, step = (None, 0) if now is None else (id(now), now.step)
+        sites[name].add(q, k, v, attn_mask, scale, generation, step)
 
-    results = []
-    with observe(denoiser.model, tuple(sites), measure, scoped=scoped):
+    results, branches = [], 1
+    with stage.playing(measure, steps.listen):
         for index, item in enumerate(track(items, "calibrating", config.progress)):
             results.append(denoiser.run(item, config.seed + index, config.calib_steps))
+            for site in sites.values():
+                site.end_run()
+            branches = max(branches, len(steps.seen))
+            calls = calls or [steps.calls[n] for n in _spread(PROBED_CALLS, len(steps.calls))]
+            steps.calls.clear()
+            steps.seen.clear()
     unseen = [name for name, site in sites.items() if site.calls == 0]
     if unseen:
         raise CalibrationError(
             f"expected every site to run during calibration, these never did: {', '.join(unseen)}"
         )
-    return {name: site.result() for name, site in sites.items()}, results
+    levels = tuple(steps.levels[step] for step in sorted(steps.levels))
+    return Recording(
+        errors={name: site.errors() for name, site in sites.items()},
+        reuse={name: site.reuse_errors() for name, site in sites.items()},
+        levels=levels if len(levels) > 1 else (),
+        branches=branches,
+        residual_bytes=residual_bytes,
+        mass={name: site.mass() for name, site in sites.items()},
+        calls=calls,
+        results=results,
+    )
+
+
+def _spread(count: int, total: int) -> list[int]:
+    """The middles of ``count`` equal parts of ``0 .. total - 1``, each once."""
+    return sorted({(2 * n + 1) * total // (2 * count) for n in range(count)})

@@ -7,7 +7,7 @@ normalised, so r differs about 50-fold between its two models; ours is relative 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from evdit_opt.calibrate.error import CandidateError
+from evdit_opt.calibrate.site_record import CandidateError
 from evdit_opt.masks import Rule
 
 __all__ = [

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from evdit_opt.apply import apply_plan, restore
+from evdit_opt.calibrate.stage import Stage
 from evdit_opt.config import Config
 from evdit_opt.models import Denoiser, Item
 from evdit_opt.plan import Plan, TrialRecord
@@ -19,16 +20,21 @@ __all__ = ["mean_error", "run_with_plan", "try_plans"]
 
 
 def try_plans(
-    denoiser: Denoiser,
+    stage: Stage,
     plans: Sequence[tuple[str, Plan]],
     items: Sequence[Item],
     dense: Sequence[torch.Tensor],
     config: Config,
 ) -> tuple[TrialRecord, ...]:
-    """Run every named plan on ``items``; compare with the ``dense`` results of the same seeds."""
+    """Run every named plan on ``items``; compare with the ``dense`` results of the same seeds.
+
+    ``dense`` may hold more runs.
+    """
     records = []
     for name, plan in track(plans, "trying plans", config.progress):
-        sparse = run_with_plan(denoiser, plan, items, config)
+        sparse = stage.rehearse(
+            plan, items, config.seed, config.calib_steps, config.repeatable_impl
+        )
         pairs = [
             (_frames_first(s, plan).diff(dim=0), _frames_first(d, plan).diff(dim=0))
             for s, d in zip(sparse, dense, strict=False)

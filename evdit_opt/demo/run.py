@@ -36,7 +36,6 @@ DEMO_CONFIG = Config(
     windows=(0,),  # many short calls: at 100 tokens a frame a window costs more than it keeps
     verify_prompts=1,
     calib_steps=10,
-    record_every=3,
     pipe_kwargs=TINYWAN_CALL,
 )
 SHOWN = 6

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-__all__ = ["Capture", "captured", "compile_call", "restore_call", "uncompiled"]
+__all__ = ["Capture", "captured", "compile_call", "restore_call", "uncompiled", "watched"]
 
 RECOMPILE_LIMIT = 64
 """Graphs per frame: layers sharing a frame need one per distinct rule, times the shapes seen."""
@@ -62,6 +62,24 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
     """Let every call of ``model`` run eagerly, whatever it was compiled with; undone at the end."""
     previous = vars(model).get("_compiled_call_impl")
     model._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        restore_call(model, previous)
+
+
+@contextmanager
+def watched(model: nn.Module, listener: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Let ``listener`` see the arguments of every call of ``model``, by name, before it runs."""
+    previous = vars(model).get("_compiled_call_impl")
+    call = previous or model._call_impl
+    names = tuple(inspect.signature(model.forward).parameters)
+
+    def listening(*args: Any, **kwargs: Any) -> Any:
+        listener(dict(zip(names, args, strict=False)) | kwargs)
+        return call(*args, **kwargs)
+
+    model._compiled_call_impl = listening
     try:
         yield
     finally:

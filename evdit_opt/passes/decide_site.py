@@ -43,16 +43,17 @@ class Decision:
     """For an attention and a rule.
 
     Attributes:
-        mask: the rule's mask for the frames of this forward.
+        mask: the rule's mask for the frames of this forward; None if the rule keeps nothing.
         reason: why the attention stays dense; empty if it is to be sparse.
     """
 
-    mask: TileMask
+    mask: TileMask | None
     reason: str
 
     def outcome(self, name: str, spec: SiteSpec, way: Way) -> SiteOutcome:
         """The decision as an entry of a report."""
-        density = 1.0 if self.reason else self.mask.density
+        kept = 0.0 if self.mask is None else self.mask.density
+        density = 1.0 if self.reason else kept
         return SiteOutcome(name, spec.rule, density, self.reason, way, spec.encode())
 
 
@@ -85,7 +86,12 @@ def decide(
         )
     mask = _mask(spec.rule, frames)
     reason = _too_short(attention, frames, tokens, spec.min_tokens)
-    if mask.is_dense:
+    if mask is None and mode == "sparse":
+        raise PlanMismatchError(
+            f"expected {name}, whose rule keeps nothing, to reuse its output, got a call without "
+            "reuse; apply the plan with evdit_opt.apply_plan"
+        )
+    if mask is not None and mask.is_dense:
         reason = f"rule {spec.rule.describe()} keeps every tile of {frames} frames"
     if mode == "dense":
         reason = "this noise level is dense in the plan"
@@ -93,8 +99,8 @@ def decide(
 
 
 @functools.lru_cache(maxsize=256)
-def _mask(rule: Rule, frames: int) -> TileMask:
-    return rule.mask(frames)
+def _mask(rule: Rule, frames: int) -> TileMask | None:
+    return None if rule.keeps_nothing else rule.mask(frames)
 
 
 def _too_short(attention: Attention, frames: int, tokens: Size, min_tokens: int) -> str:

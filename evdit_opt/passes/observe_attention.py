@@ -1,4 +1,4 @@
-"""Show q, k and v of every site to a callback, without changing what the model computes."""
+"""Show q, k and v of every site to a callback, which may answer with an output of its own."""
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -28,12 +28,14 @@ from evdit_opt.passes.site_mark import MarkFacts, facts_of, remove_mark
 from evdit_opt.passes.stand_in import settle
 from evdit_opt.passes.swap_attention import match_marks
 
-__all__ = ["Callback", "Record", "mute_attention", "observe", "observe_attention"]
+__all__ = ["Callback", "Observed", "mute_attention", "observe", "observe_attention"]
 
-Callback = Callable[[str, Tensor, Tensor, Tensor, Tensor | None, float | None], None]
-"""``callback(site name, q, k, v, attn_mask, scale)``, tensors ``[batch, heads, seq, head_dim]``."""
+Callback = Callable[[str, Tensor, Tensor, Tensor, Tensor | None, float | None], Tensor | None]
+"""``callback(site name, q, k, v, attn_mask, scale)``, tensors ``[batch, heads, seq, head_dim]``.
 
-Record = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None, Tensor], None]
+What it returns takes the place of the attention's output; None leaves it."""
+
+Observed = Callable[..., Tensor]
 
 
 @contextmanager
@@ -45,7 +47,7 @@ def observe(
     scoped: Collection[str] = (),
     mute: bool = False,
 ) -> Iterator[None]:
-    """While active, every attention call of the sites goes through ``callback`` first.
+    """While active, every attention call of the sites goes through ``callback``.
 
     The sites are reached as a plan reaches them: by marks in Dynamo's graphs, which run
     uncompiled, or in scopes. Where all are scoped, the model runs eagerly.
@@ -70,17 +72,19 @@ def observe(
             "evdit_opt.restore(model) first"
         )
 
-    def record(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, index: Tensor
-    ) -> None:
+    def observed(index: Tensor, *arguments: Any) -> Tensor:
+        attention = Attention(*arguments)
+        q, k, v, mask = (x if x is None else x.detach() for x in attention[:4])
         with torch.no_grad():
-            mask = None if mask is None else mask.detach()
-            callback(site_names[int(index)], q.detach(), k.detach(), v.detach(), mask, scale)
+            answer = callback(site_names[int(index)], q, k, v, mask, attention.scale)
+        if mute:
+            return _silence(q, v)
+        return dense(attention) if answer is None else answer
 
     def backend(gm: fx.GraphModule, _example_inputs: Sequence[Any]) -> Callable[..., Any]:
         gm = copy_graph(gm)
         stand_ins = canonicalize_attention(gm)
-        observe_attention(gm, record)
+        observe_attention(gm, observed)
         if mute:
             mute_attention(gm)
         settle(stand_ins)
@@ -88,9 +92,7 @@ def observe(
         return functools.partial(_run_traced, gm.forward)
 
     def attend(_site: SiteMark, attention: Attention, facts: MarkFacts) -> Tensor:
-        q, k, v, mask, *_ = attention
-        record(q, k, v, mask, attention.scale, facts.index)
-        return _silence(q, v) if mute else dense(attention)
+        return observed(facts.index, *attention)
 
     # Tensors, not numbers: layers that share one compiled graph are told apart while it runs.
     indices = {name: torch.tensor(number) for number, name in enumerate(site_names)}
@@ -130,21 +132,21 @@ class _Mute(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def observe_attention(gm: fx.GraphModule, record: Record) -> None:
-    """Insert a call of ``record`` before every attention of a marked site; takes the marks out.
+def observe_attention(gm: fx.GraphModule, observed: Observed) -> None:
+    """Let ``observed`` compute every attention of a marked site; takes the marks out.
 
     before:  x' = evdit.mark(x, "", 0, 0, index)
              out = scaled_dot_product_attention(q(x'), k(x'), v(x'))
-    after:   record(q(x), k(x), v(x), attn_mask, scale, index)
-             out = scaled_dot_product_attention(q(x), k(x), v(x))
+    after:   out = observed(index, q(x), k(x), v(x), attn_mask, dropout_p, ...)
     """
     for body in subgraphs(gm):
         for mark, calls in match_marks(body.graph):
             for call in calls:
-                q, k, v, attn_mask, _, _, scale, _ = read_attention(call)
-                arguments = (q, k, v, attn_mask, scale, facts_of(mark).index)
+                arguments = (facts_of(mark).index, *read_attention(call))
                 with body.graph.inserting_before(call):
-                    body.graph.call_function(record, arguments)
+                    seen = body.graph.call_function(observed, arguments)
+                call.replace_all_uses_with(seen)
+                body.graph.erase_node(call)
             remove_mark(mark)
         body.recompile()
 

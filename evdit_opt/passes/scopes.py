@@ -98,19 +98,22 @@ class SparseAttend:
         if decision.reason:
             return dense(attention)
         q, k, v, attn_mask, _, _, scale, _ = attention
-        prefix, suffix = text_around(q.shape[2], frames, tokens, spec, site.name)
-        sparse, _ = torch.ops.evdit.tile_attention(
-            q, k, v, attn_mask, *decision.mask.segments(), frames, tokens, prefix, suffix, scale,
-            self.impl,
-        )  # fmt: skip
+        sparse = None
+        if decision.mask is not None:
+            prefix, suffix = text_around(q.shape[2], frames, tokens, spec, site.name)
+            sparse, _ = torch.ops.evdit.tile_attention(
+                q, k, v, attn_mask, *decision.mask.segments(), frames, tokens, prefix, suffix,
+                scale, self.impl,
+            )  # fmt: skip
         if facts.residual is None:
-            return sparse  # type: ignore[no-any-return]
-        if facts.residual.shape != sparse.shape or facts.residual.device != sparse.device:
-            raise ResidualMissing({site.name: sparse})
+            return sparse  # type: ignore[return-value]  # what keeps nothing reuses
+        wanted = torch.empty_like(q) if sparse is None else sparse
+        if facts.residual.shape != wanted.shape or facts.residual.device != wanted.device:
+            raise ResidualMissing({site.name: wanted})
         if facts.mode == "reuse":
-            return sparse + facts.residual  # type: ignore[no-any-return]
+            return facts.residual.clone() if sparse is None else sparse + facts.residual
         out = dense(attention)
-        facts.residual.copy_(out - sparse)
+        facts.residual.copy_(out if sparse is None else out - sparse)
         return out
 
 

@@ -2,14 +2,17 @@
 
 import operator
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from evdit_opt.errors import PlanMismatchError
+from evdit_opt.masks import TileMask
 from evdit_opt.passes.decide_site import SiteOutcome, decide
 from evdit_opt.passes.graph import (
     LEFT_ALONE,
+    Attention,
     attention_calls,
     insert_call,
     is_attention,
@@ -43,8 +46,8 @@ def swap_attention(
              sparse, lse = evdit.tile_attention(q(x), k(x), v(x), mask, ...)
              residual.copy_(out - sparse)
 
-    and in the mode "reuse" it is added: ``out = sparse + residual``. In the mode "dense" only the
-    mark goes.
+    and in the mode "reuse" it is added: ``out = sparse + residual``. Where the rule keeps nothing,
+    the residual is the whole output. In the mode "dense" only the mark goes.
 
     Only an attention whose q, k and v all come from one and the same mark, and from no other, is
     the site's: that leaves the cross-attention of a marked module alone. Short sequences, and clips
@@ -160,33 +163,53 @@ def _rewrite(call: fx.Node, mark: fx.Node, name: str, impl: str) -> SiteOutcome:
         return outcome
 
     graph = call.graph
-    intervals, log_weights = decision.mask.segments()
-    target = torch.ops.evdit.tile_attention.default
     with graph.inserting_before(call):
-        prefix, suffix = text_tokens(graph, attention.q, frames, tokens, spec, name)
-        arguments = (
-            attention.q,
-            attention.k,
-            attention.v,
-            attention.attn_mask,
-            list(intervals),
-            list(log_weights),
-            frames,
-            tokens,
-            prefix,
-            suffix,
-            attention.scale,
-            impl,
-        )
-        both = insert_call(graph, target, arguments, call)
-        out = insert_call(graph, operator.getitem, (both, 0), call)
-        if facts.mode == "reuse":
-            out = insert_call(graph, operator.add, (out, facts.residual), call)
+        sparse = None
+        if decision.mask is not None:
+            sparse = _sparse(call, attention, decision.mask, tokens, spec, name, impl)
+        out = sparse
+        if facts.mode == "reuse" and sparse is None:
+            out = insert_call(graph, torch.ops.aten.clone.default, (facts.residual,), call)
+        elif facts.mode == "reuse":
+            out = insert_call(graph, operator.add, (sparse, facts.residual), call)
     if facts.mode == "refresh":
         with graph.inserting_before(call.next):
-            dropped = insert_call(graph, operator.sub, (call, out), call)
+            dropped = call
+            if sparse is not None:
+                dropped = insert_call(graph, operator.sub, (call, sparse), call)
             insert_call(graph, torch.ops.aten.copy_.default, (facts.residual, dropped), call)
     else:
         call.replace_all_uses_with(out)
         graph.erase_node(call)
     return outcome
+
+
+def _sparse(
+    call: fx.Node,
+    attention: Attention,
+    mask: TileMask,
+    tokens: Any,
+    spec: SiteSpec,
+    name: str,
+    impl: str,
+) -> fx.Node:
+    """The operator in place of an attention, as a new node before it."""
+    graph = call.graph
+    prefix, suffix = text_tokens(graph, attention.q, mask.frames, tokens, spec, name)
+    intervals, log_weights = mask.segments()
+    arguments = (
+        attention.q,
+        attention.k,
+        attention.v,
+        attention.attn_mask,
+        list(intervals),
+        list(log_weights),
+        mask.frames,
+        tokens,
+        prefix,
+        suffix,
+        attention.scale,
+        impl,
+    )
+    both = insert_call(graph, torch.ops.evdit.tile_attention.default, arguments, call)
+    return insert_call(graph, operator.getitem, (both, 0), call)

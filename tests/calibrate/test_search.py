@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evdit_opt.calibrate.error import CandidateError
+from evdit_opt.calibrate.site_record import CandidateError
 from evdit_opt.calibrate.search import (
     choose_rules,
     choose_uniform,

@@ -1,0 +1,299 @@
+"""Search plans that reuse residuals: which sites, which rule at each, and when to refresh.
+
+Damage is additive: over sites, and over steps, each step weighing as far as it moves the noise
+level. For a fixed schedule the choice per site is then separable, and a budget is met by a
+Lagrange multiplier; for fixed rules the best schedule is found exactly (``schedule.py``). The two
+alternate, for every number of refreshes.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evdit_opt.calibrate.schedule import best_refreshes
+from evdit_opt.calibrate.site_record import CandidateError, ReuseError
+from evdit_opt.masks import Rule
+
+__all__ = ["DENSE", "Found", "Option", "Problem", "cheapest_within", "search", "step_weights"]
+
+ROUNDS = 4
+"""Alternations of rules and schedule; the second already changes little."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a site may do.
+
+    Attributes:
+        rule: its rule; None: it stays dense.
+        reuses: whether it reuses its residual.
+        damage: predicted, over a whole run.
+        cost: kept share of token pairs, summed over the steps of a run, refreshes included.
+        error: root mean square over the run of the relative error of the site's output.
+    """
+
+    rule: Rule | None
+    reuses: bool
+    damage: float
+    cost: float
+    error: float
+
+
+DENSE = Option(None, False, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A choice for every site.
+
+    Attributes:
+        options: per site.
+        refreshes: steps that refresh, ascending; steps before the first are dense.
+        damage: predicted.
+        density: kept share of token pairs, mean over sites and steps.
+    """
+
+    options: Mapping[str, Option]
+    refreshes: tuple[int, ...]
+    damage: float
+    density: float
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What calibration knows when it searches.
+
+    Attributes:
+        errors: per site, of the rules that are applied in every step.
+        reuse: per site, of the rules that reuse; empty where that is impossible.
+        gains: per site, what a squared relative error does to the output.
+        levels: noise levels of the steps, descending.
+        max_reusing: sites whose residuals fit the memory budget.
+        max_rules: different rules a plan may hold.
+    """
+
+    errors: Mapping[str, Sequence[CandidateError]]
+    reuse: Mapping[str, Sequence[ReuseError]]
+    gains: Mapping[str, float]
+    levels: Sequence[float]
+    max_reusing: int
+    max_rules: int = 6
+
+
+Pick = Callable[[Mapping[str, Sequence[Option]]], dict[str, Option] | None]
+
+
+def step_weights(levels: Sequence[float]) -> Tensor:
+    """How far every step moves the noise level, as shares of the run: ``[steps]``, float64."""
+    ends = torch.tensor([*levels, 0.0], dtype=torch.float64)
+    steps = (ends[:-1] - ends[1:]).clamp_min(0.0)
+    return steps / steps.sum()
+
+
+def search(problem: Problem, density: float) -> list[Found]:
+    """The best plan at a density for every number of refreshes that leaves room for it.
+
+    Args:
+        problem: what is known.
+        density: bound on ``Found.density``.
+
+    Returns:
+        Plans with at least one site that reuses, the least damage first.
+    """
+    steps, sites = len(problem.levels), len(problem.errors)
+
+    def pick(lead: int) -> Pick:
+        budget = (density * steps - lead) * sites
+        return lambda options: _within_budget(options, budget)
+
+    found = [
+        one
+        for lead in range(min(3, steps))
+        for refreshes in range(1, steps - lead + 1)
+        if refreshes + lead <= density * steps
+        for one in [_alternate(problem, refreshes, lead, pick(lead))]
+        if one is not None
+    ]
+    return sorted(found, key=lambda one: one.damage)
+
+
+def cheapest_within(problem: Problem, threshold: float) -> Found | None:
+    """The sparsest plan all of whose sites err by at most ``threshold`` (``Option.error``)."""
+    found = [
+        one
+        for refreshes in range(1, len(problem.levels) + 1)
+        for one in [_alternate(problem, refreshes, 0, lambda o: _within_threshold(o, threshold))]
+        if one is not None
+    ]
+    return min(found, key=lambda one: (one.density, one.damage), default=None)
+
+
+def _alternate(problem: Problem, refreshes: int, lead: int, pick: Pick) -> Found | None:
+    """Rules for a schedule, the best schedule for the rules, and again."""
+    steps = len(problem.levels)
+    span = steps - lead
+    schedule = tuple(sorted({lead + n * span // refreshes for n in range(refreshes)}))
+    best: Found | None = None
+    for _ in range(ROUNDS):
+        choice = _choose(problem, schedule, lead, pick)
+        if choice is None:
+            break
+        damage = sum(option.damage for option in choice.values())
+        cost = sum(option.cost for option in choice.values()) + lead * len(choice)
+        if not any(option.reuses for option in choice.values()):
+            break
+        found = Found(choice, schedule, damage, cost / steps / len(choice))
+        if best is not None and found.damage >= best.damage * (1 - 1e-9):
+            break
+        best = found
+        schedule, _ = best_refreshes(_total(problem, choice), refreshes, lead)
+    return best
+
+
+def _choose(
+    problem: Problem, schedule: tuple[int, ...], lead: int, pick: Pick
+) -> dict[str, Option] | None:
+    """An option per site for a schedule, with few enough rules and residuals."""
+    options = {site: _options(problem, site, schedule, lead) for site in problem.errors}
+    choice = pick(options)
+    for limit in (lambda c: _few_rules(options, c, problem.max_rules),
+                  lambda c: _few_residuals(options, c, problem.max_reusing)):  # fmt: skip
+        while choice is not None:
+            narrowed = limit(choice)
+            if narrowed is None:
+                break
+            options = narrowed
+            choice = pick(options)
+    return choice
+
+
+def _options(
+    problem: Problem, site: str, schedule: tuple[int, ...], lead: int
+) -> list[Option]:
+    """Everything a site may do under a schedule."""
+    steps = len(problem.levels)
+    span, gain = steps - lead, problem.gains[site]
+    weights = step_weights(problem.levels)
+    options = [Option(None, False, 0.0, float(span), 0.0)]
+    for own in problem.errors[site]:
+        moved = float(weights[lead:].sum())
+        damage = gain * moved * (own.output**2 + own.temporal**2)
+        options.append(Option(own.rule, False, damage, own.density * span, own.output))
+    latest, at = _reused(schedule, steps)
+    for reused in problem.reuse[site]:
+        output = float((weights[at] * reused.output[latest, at]).sum())
+        temporal = float((weights[at] * reused.temporal[latest, at]).sum())
+        cost = reused.density * span + len(schedule)
+        options.append(Option(reused.rule, True, gain * (output + temporal), cost, output**0.5))
+    return options
+
+
+def _reused(schedule: tuple[int, ...], steps: int) -> tuple[list[int], list[int]]:
+    """For every step that reuses: the step of its residual, and the step."""
+    pairs = []
+    for start, stop in zip(schedule, (*schedule[1:], steps), strict=True):
+        pairs += [(start, step) for step in range(start + 1, stop)]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def _total(problem: Problem, choice: Mapping[str, Option]) -> Tensor:
+    """Damage of step t with the residuals of step s, ``[steps, steps]``, over all sites."""
+    weights = step_weights(problem.levels)
+    total = torch.zeros(len(weights), len(weights), dtype=torch.float64)
+    for site, option in choice.items():
+        if option.reuses:
+            own = next(one for one in problem.reuse[site] if one.rule == option.rule)
+            total += problem.gains[site] * (own.output + own.temporal) * weights
+    return total
+
+
+def _within_threshold(
+    options: Mapping[str, Sequence[Option]], threshold: float
+) -> dict[str, Option] | None:
+    return {
+        site: min((o for o in own if o.error <= threshold), key=lambda o: (o.cost, o.damage))
+        for site, own in options.items()
+    }
+
+
+def _within_budget(
+    options: Mapping[str, Sequence[Option]], budget: float
+) -> dict[str, Option] | None:
+    """The least damage at a total cost of at most ``budget``; None if nothing is cheap enough."""
+
+    def at(price: float) -> dict[str, Option]:
+        return {
+            site: min(own, key=lambda o: (o.damage + price * o.cost, o.cost))
+            for site, own in options.items()
+        }
+
+    def cost(choice: Mapping[str, Option]) -> float:
+        return sum(option.cost for option in choice.values())
+
+    cheapest = {site: min(own, key=lambda o: (o.cost, o.damage)) for site, own in options.items()}
+    if cost(cheapest) > budget + 1e-9:
+        return None
+    low, high = 0.0, 1.0
+    while cost(at(high)) > budget and high < 1e12:
+        high *= 4
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if cost(at(middle)) <= budget else (middle, high)
+    choice = at(high) if cost(at(high)) <= budget + 1e-9 else cheapest
+    return _spend(options, choice, budget - cost(choice))
+
+
+def _spend(
+    options: Mapping[str, Sequence[Option]], choice: dict[str, Option], left: float
+) -> dict[str, Option]:
+    """Use what a multiplier leaves of the budget: the best improvement that fits, and again."""
+    while True:
+        better = [
+            ((choice[site].damage - option.damage), site, option)
+            for site, own in options.items()
+            for option in own
+            if option.damage < choice[site].damage
+            and option.cost - choice[site].cost <= left + 1e-9
+        ]
+        if not better:
+            return choice
+        _, site, option = max(better, key=lambda item: item[0])
+        left -= option.cost - choice[site].cost
+        choice = {**choice, site: option}
+
+
+def _few_rules(
+    options: Mapping[str, Sequence[Option]], choice: Mapping[str, Option], limit: int
+) -> dict[str, list[Option]] | None:
+    """Without the least used rule, where there are too many; None if there are not."""
+    used = Counter(option.rule for option in choice.values() if option.rule is not None)
+    if len(used) <= limit:
+        return None
+    keep = {rule for rule, _ in used.most_common(limit)}
+    return {
+        site: [option for option in own if option.rule is None or option.rule in keep]
+        for site, own in options.items()
+    }
+
+
+def _few_residuals(
+    options: Mapping[str, Sequence[Option]], choice: Mapping[str, Option], limit: int
+) -> dict[str, list[Option]] | None:
+    """Without reuse at the sites that gain least by it, where too many reuse."""
+    reusing = [site for site, option in choice.items() if option.reuses]
+    if len(reusing) <= limit:
+        return None
+
+    def gained(site: str) -> float:
+        others = [option for option in options[site] if not option.reuses]
+        like = [option for option in others if option.cost <= choice[site].cost + 1e-9]
+        return min(option.damage for option in like or others) - choice[site].damage
+
+    keep = set(sorted(reusing, key=gained, reverse=True)[:limit])
+    return {
+        site: [option for option in own if not option.reuses or site in keep]
+        for site, own in options.items()
+    }

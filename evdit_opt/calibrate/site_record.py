@@ -1,0 +1,219 @@
+"""What calibration keeps of one site: how far every candidate mask moves its attention output.
+
+One dense recording pass gives q, k, v of every site. A few positions of every frame are looked at
+(see ``parts.py``), and only running sums are kept, so memory does not grow with prompts. For reuse
+across steps it takes the residuals of all steps of one run: a fixed sample of their numbers.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evdit_opt.calibrate.parts import Parts, tile_parts
+from evdit_opt.grid import TokenLayout
+from evdit_opt.masks import Rule
+
+__all__ = ["CandidateError", "ReuseError", "SiteRecord"]
+
+POSITIONS = 16
+"""Positions of every frame whose queries are looked at, the same ones in all frames and calls."""
+
+SKETCH = 2048
+"""Numbers of a step's residual that are kept, of every frame as many."""
+
+
+@dataclass(frozen=True)
+class CandidateError:
+    """What one rule costs at one site, relative to dense attention on the same q, k, v.
+
+    Attributes:
+        rule: the candidate.
+        density: kept / all token pairs at the calibrated layout, text included.
+        output: ``||sparse - dense|| / ||dense||`` over video tokens, all recorded calls (the
+            paper's Algorithm 1 thresholds a loss of this kind; relative, so a threshold means the
+            same on every model).
+        temporal: the same for the change from each latent frame to the next at the same position.
+            Its numerator sees errors that differ between frames, which become flicker, and is
+            blind to errors that stay the same along the clip.
+    """
+
+    rule: Rule
+    density: float
+    output: float
+    temporal: float
+
+
+@dataclass(frozen=True)
+class ReuseError:
+    """What one rule costs at one site that reuses its residual, by step.
+
+    Attributes:
+        rule: the candidate.
+        density: as in :class:`CandidateError`.
+        output: ``[steps, steps]``, float64: the squared relative error in step t (column) with the
+            residual of step s (row); defined for s <= t.
+        temporal: the same for the change from frame to frame.
+    """
+
+    rule: Rule
+    density: float
+    output: Tensor
+    temporal: Tensor
+
+
+class SiteRecord:
+    """Running sums of one site over the calls of the dense model.
+
+    Args:
+        layout: of its tokens.
+        rules: candidates that are applied in every step.
+        reused: candidates between refreshes; none if the model is no denoiser with steps.
+        seed: of the choice of positions and numbers.
+    """
+
+    def __init__(
+        self, layout: TokenLayout, rules: Sequence[Rule], reused: Sequence[Rule] = (), seed: int = 0
+    ) -> None:
+        self.layout, self.rules, self.reused = layout, tuple(rules), tuple(reused)
+        self.calls = 0
+        self.once_a_step = True
+        frames = layout.grid.frames
+        self._random = torch.Generator().manual_seed(seed)
+        tokens = layout.grid.tokens_per_frame
+        self._positions = torch.randperm(tokens, generator=self._random)[:POSITIONS]
+        # The dense mask comes first, then the rules, then what is reused.
+        dense = torch.zeros(frames, frames)
+        masks = [_bias(rule, frames) for rule in (*self.rules, *self.reused)]
+        self._bias = torch.stack([dense, *masks])
+        self._error = torch.zeros(len(self.rules), 2, dtype=torch.float64)
+        self._scale = torch.zeros(2, dtype=torch.float64)
+        self._mass: Tensor | None = None
+        self._kept: dict[int, Tensor] = {}  # by first head: which numbers the sketch keeps
+        self._run: dict[Hashable, dict[int, Tensor]] = {}  # sketches by generation and step
+        self._drift: Tensor | None = None
+        self._drift_scale: Tensor | None = None
+
+    def add(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        scale: float | None = None,
+        generation: Hashable = None,
+        step: int = 0,
+    ) -> None:
+        """Measure every candidate on one call.
+
+        Args:
+            q: ``[batch, heads, seq, head_dim]``.
+            k: ``[batch, kv_heads, seq, head_dim]``.
+            v: ``[batch, kv_heads, seq, head_dim]``.
+            attn_mask: the model's own key-padding mask, or None.
+            scale: softmax scale, None for ``head_dim ** -0.5``.
+            generation: which denoising run and guidance branch the call belongs to.
+            step: number of its step.
+        """
+        self.calls += 1
+        sketches, mass, head = [], [], 0
+        for parts in tile_parts(q, k, v, self.layout, self._positions, attn_mask, scale):
+            dense, static, reused = self._outputs(parts)
+            self._scale += _squares(dense)
+            self._error += torch.stack([_squares(own - dense) for own in static], 0)
+            mass.append(parts.mass().cpu())
+            if self.reused:
+                residuals = torch.cat([dense.unsqueeze(0), dense - reused])
+                sketches.append(self._sketch(residuals, head, q.shape[1]))
+            head += dense.shape[1]
+        total = torch.cat(mass)
+        self._mass = total if self._mass is None else self._mass + total
+        if self.reused:
+            steps = self._run.setdefault(generation, {})
+            self.once_a_step &= step not in steps
+            steps[step] = torch.cat(sketches, -1)
+
+    def end_run(self) -> None:
+        """A denoising run is over: compare the residuals of all its steps."""
+        for steps in self._run.values():
+            if list(steps) == list(range(len(steps))):
+                self._compare(torch.stack(list(steps.values())))
+        self._run = {}
+
+    def errors(self) -> tuple[CandidateError, ...]:
+        """Of all rules over the calls added so far, in the order given."""
+        relative = (self._error / self._scale.clamp_min(1e-300)).sqrt()
+        return tuple(
+            CandidateError(
+                rule, rule.density(self.layout), float(relative[row, 0]), float(relative[row, 1])
+            )
+            for row, rule in enumerate(self.rules)
+        )
+
+    def reuse_errors(self) -> tuple[ReuseError, ...]:
+        """Of everything reused, over the runs that have ended; none without runs of two steps."""
+        if self._drift is None or self._drift_scale is None or not self.once_a_step:
+            return ()
+        relative = self._drift / self._drift_scale.clamp_min(1e-300)
+        return tuple(
+            ReuseError(rule, rule.density(self.layout), relative[0, row], relative[1, row])
+            for row, rule in enumerate(self.reused)
+        )
+
+    def mass(self) -> Tensor:
+        """Share of attention by tile, ``[heads, frames, parts]``, mean over all calls."""
+        assert self._mass is not None, "nothing was recorded"
+        return self._mass / self.calls
+
+    def _outputs(self, parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
+        """Dense, under every rule, and under everything reused: ``[..., frames, positions, d]``."""
+        found = parts.combine(self._bias.to(parts.lse.device))
+        nothing = [n for n, rule in enumerate((None, *self.rules, *self.reused)) if _is_empty(rule)]
+        found[nothing] = 0.0
+        dense, static, reused = found.split([1, len(self.rules), len(self.reused)])
+        return dense[0], static, reused
+
+    def _sketch(self, residuals: Tensor, head: int, heads: int) -> Tensor:
+        """A fixed sample of every frame's numbers, ``[1 + reused, frames, sample]``, on the CPU."""
+        numbers = residuals.movedim(3, 1).flatten(2)  # [.., frames, batch * heads * positions * d]
+        if head not in self._kept:
+            share = residuals.shape[2] / heads
+            sample = max(1, round(SKETCH * share / self.layout.grid.frames))
+            order = torch.randperm(numbers.shape[-1], generator=self._random)
+            self._kept[head] = order[:sample]
+        return numbers[..., self._kept[head].to(numbers.device)].cpu()
+
+    def _compare(self, run: Tensor) -> None:
+        """Add the squared distances between the residuals of all steps of one generation."""
+        steps = run.shape[0]
+        if steps < 2 or (self._drift is not None and self._drift.shape[-1] != steps):
+            return
+        if self._drift is None or self._drift_scale is None:
+            self._drift = torch.zeros(2, len(self.reused), steps, steps, dtype=torch.float64)
+            self._drift_scale = torch.zeros(2, 1, 1, steps, dtype=torch.float64)
+        run = run.double()
+        for row, signal in enumerate((run, run.diff(dim=2))):
+            dense, *residuals = signal.flatten(2).unbind(1)  # each [steps, numbers]
+            self._drift_scale[row] += dense.square().sum(-1)
+            for column, residual in enumerate(residuals):
+                self._drift[row, column] += torch.cdist(residual, residual).square()
+
+
+def _bias(rule: Rule, frames: int) -> Tensor:
+    # What keeps nothing has no softmax: its output is set to 0 later.
+    return torch.zeros(frames, frames) if rule.keeps_nothing else rule.mask(frames).bias
+
+
+def _is_empty(rule: Rule | None) -> bool:
+    return rule is not None and rule.keeps_nothing
+
+
+def _squares(frames: Tensor) -> Tensor:
+    """Sum of squares of a signal and of its frame-to-frame change: ``[2]``, fp64, on the CPU.
+
+    Args:
+        frames: ``[batch, heads, frames, positions, head_dim]``.
+    """
+    change = frames.diff(dim=2)
+    return torch.stack([frames.square().sum(), change.square().sum()]).to("cpu", torch.float64)
