@@ -108,7 +108,9 @@ class Plan:
         reusing = () if self.reuse is None else self.reuse.sites
         for name, rule in self.rules.items():
             if rule.keeps_nothing and name not in reusing:
-                raise PlanError(f"expected {name}, whose rule keeps nothing, among those that reuse")
+                raise PlanError(
+                    f"expected {name}, whose rule keeps nothing, among those that reuse"
+                )
         if len(self.versions) > 100 or list(self.versions) != sorted(dict(self.versions).items()):
             raise PlanError("expected versions of at most 100 packages, each once, sorted by name")
         for package, version in self.versions:

@@ -30,6 +30,7 @@ __all__ = ["Reusing", "refresh_every", "with_reuse"]
 
 logger = logging.getLogger(__name__)
 
+
 def refresh_every(levels: Sequence[float], steps: int) -> tuple[float, ...]:
     """Refresh levels for every ``steps``-th step of a run.
 

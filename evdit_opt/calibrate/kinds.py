@@ -5,6 +5,7 @@ Static masks, per weighting searched site by site or uniform, and reuse of resid
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from evdit_opt.calibrate.draft import Drafter
 from evdit_opt.calibrate.record import Recording
@@ -88,20 +89,23 @@ class Planner:
     def kinds(self) -> list[Kind]:
         """All kinds, the simplest first."""
         static = [
-            Kind(f"{'uniform' if uniform else 'searched'}, weighting {weighting}",
-                 lambda density, w=weighting, u=uniform: self._static(density, w, u))
+            Kind(
+                f"{'uniform' if uniform else 'searched'}, weighting {weighting}",
+                partial(self._static, weighting=weighting, uniform=uniform),
+            )
             for weighting in self.config.weightings
             for uniform in (False, True)
-        ]  # fmt: skip
+        ]
         reusing = [
-            Kind("reuse across steps" + (f", schedule {n + 1}" if n else ""),
-                 lambda density, n=n: self._reusing(density, n))
+            Kind(f"reuse across steps, choice {n + 1}", partial(self._reusing, number=n))
             for n in range(REUSE_TRIED if self.reuses else 0)
-        ]  # fmt: skip
+        ]
         return [*static, *reusing]
 
     def worth_trying(self, density: float) -> list[tuple[Kind, Plan]]:
         """A plan per kind, without those that equal another, or are predicted to be far worse."""
+        if density >= 1.0:
+            return []  # no rule keeps the threshold anywhere
         drafted = [(kind, kind.at(density)) for kind in self.kinds()]
         found = [(kind, own) for kind, own in drafted if own is not None and own.plan.rules]
         least = min((own.damage for _, own in found), default=0.0)

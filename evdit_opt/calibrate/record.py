@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from evdit_opt.calibrate.candidates import candidate_rules, reused_rules
@@ -83,7 +82,9 @@ def record(stage: Stage, items: Sequence[Item], config: Config, video: str) -> R
         CalibrationError: if a site was never reached.
     """
     denoiser = stage.denoiser
-    timed = denoiser.makes_video and TIMESTEP in inspect.signature(denoiser.model.forward).parameters
+    timed = (
+        denoiser.makes_video and TIMESTEP in inspect.signature(denoiser.model.forward).parameters
+    )
     reuse = timed and config.reuse
     sites = {
         name: SiteRecord(
@@ -94,7 +95,8 @@ def record(stage: Stage, items: Sequence[Item], config: Config, video: str) -> R
         )
         for number, (name, layout) in enumerate(stage.layouts.items())
     }
-    steps, calls = _Steps(video, timed), []
+    steps = _Steps(video, timed)
+    calls: list[Mapping[str, Any]] = []
     residual_bytes: dict[str, int] = {}
 
     def measure(

@@ -159,20 +159,18 @@ def _choose(
     """An option per site for a schedule, with few enough rules and residuals."""
     options = {site: _options(problem, site, schedule, lead) for site in problem.errors}
     choice = pick(options)
-    for limit in (lambda c: _few_rules(options, c, problem.max_rules),
-                  lambda c: _few_residuals(options, c, problem.max_reusing)):  # fmt: skip
-        while choice is not None:
-            narrowed = limit(choice)
-            if narrowed is None:
-                break
-            options = narrowed
-            choice = pick(options)
+    while choice is not None:
+        narrowed = _few_rules(options, choice, problem.max_rules) or _few_residuals(
+            options, choice, problem.max_reusing
+        )
+        if narrowed is None:
+            break
+        options = narrowed
+        choice = pick(options)
     return choice
 
 
-def _options(
-    problem: Problem, site: str, schedule: tuple[int, ...], lead: int
-) -> list[Option]:
+def _options(problem: Problem, site: str, schedule: tuple[int, ...], lead: int) -> list[Option]:
     """Everything a site may do under a schedule."""
     steps = len(problem.levels)
     span, gain = steps - lead, problem.gains[site]

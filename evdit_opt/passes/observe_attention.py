@@ -74,7 +74,8 @@ def observe(
 
     def observed(index: Tensor, *arguments: Any) -> Tensor:
         attention = Attention(*arguments)
-        q, k, v, mask = (x if x is None else x.detach() for x in attention[:4])
+        q, k, v = (x.detach() for x in attention[:3])
+        mask = None if attention.attn_mask is None else attention.attn_mask.detach()
         with torch.no_grad():
             answer = callback(site_names[int(index)], q, k, v, mask, attention.scale)
         if mute:

@@ -167,11 +167,12 @@ def _rewrite(call: fx.Node, mark: fx.Node, name: str, impl: str) -> SiteOutcome:
         sparse = None
         if decision.mask is not None:
             sparse = _sparse(call, attention, decision.mask, tokens, spec, name, impl)
-        out = sparse
         if facts.mode == "reuse" and sparse is None:
             out = insert_call(graph, torch.ops.aten.clone.default, (facts.residual,), call)
         elif facts.mode == "reuse":
             out = insert_call(graph, operator.add, (sparse, facts.residual), call)
+        else:
+            out = sparse or call  # what keeps nothing is never merely sparse
     if facts.mode == "refresh":
         with graph.inserting_before(call.next):
             dropped = call

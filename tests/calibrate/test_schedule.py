@@ -25,9 +25,7 @@ def test_it_is_the_best_of_all(steps, refreshes, lead, seed):
     refreshes = min(refreshes, steps - lead)
     damage = torch.rand(steps, steps, generator=torch.Generator().manual_seed(seed)).double()
     chosen, total = best_refreshes(damage, refreshes, lead)
-    every = [
-        (lead, *rest) for rest in combinations(range(lead + 1, steps), refreshes - 1)
-    ]
+    every = [(lead, *rest) for rest in combinations(range(lead + 1, steps), refreshes - 1)]
     assert chosen in every
     best = min(run_damage(damage, one) for one in every)
     assert abs(run_damage(damage, chosen) - best) < 1e-12

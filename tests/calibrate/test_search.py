@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evdit_opt.calibrate.site_record import CandidateError
 from evdit_opt.calibrate.search import (
     choose_rules,
     choose_uniform,
     mean_density,
     threshold_for_density,
 )
+from evdit_opt.calibrate.site_record import CandidateError
 from evdit_opt.masks import Rule
 
 FRAMES = 12
