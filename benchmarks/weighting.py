@@ -17,7 +17,8 @@ import torch
 
 from evdit_opt import Config, apply_plan, restore
 from evdit_opt.calibrate.draft import Drafter
-from evdit_opt.calibrate.record import record_errors
+from evdit_opt.calibrate.record import record
+from evdit_opt.calibrate.stage import staged
 from evdit_opt.calibrate.survey import survey_attention
 from evdit_opt.calibrate.trial import mean_error
 from evdit_opt.demo.clips import HELD_OUT
@@ -49,12 +50,14 @@ def main() -> None:
         windows=(0,),
         max_density=0.7,
         calib_steps=arguments.steps,
-        record_every=7,
+        reuse=False,
         seed=arguments.seed,
         pipe_kwargs=TINYWAN_CALL,
     )
     survey = survey_attention(denoiser)
-    errors, dense = record_errors(denoiser, survey.layouts, prompts, config)
+    with staged(denoiser, survey.layouts) as stage:
+        recording = record(stage, prompts, config, survey.grid_source.input)
+    errors, dense = recording.errors, recording.results
     frames = survey.grid.frames
     template = Drafter(denoiser, survey, config).dense("template")
     rows: list[dict[str, Any]] = []

@@ -98,6 +98,9 @@ class Generations:
         generation.due = 0 if self._record is None else self._record.due(level)
         return generation
 
+    def __len__(self) -> int:
+        return len(self._known)
+
     def _find(self, arguments: Mapping[str, Any], level: float) -> Generation:
         conditioning = {
             name: value

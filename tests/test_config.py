@@ -42,7 +42,7 @@ def test_every_field_is_documented() -> None:
         {"max_density": 1.1},
         {"min_tokens": -1},
         {"calib_steps": 0},
-        {"reuse": 1},
+        {"reuse": "yes"},
         {"reuse_memory": -1.0},
         {"trial_prompts": 0},
         {"verify_prompts": 1.5},

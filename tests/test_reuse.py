@@ -20,7 +20,7 @@ from evdit_opt.apply import apply_plan, is_optimized, report, restore
 from evdit_opt.errors import PlanError, PlanMismatchError, UnsupportedInputError
 from evdit_opt.generations import STRANGERS
 from evdit_opt.grid import TokenLayout
-from evdit_opt.masks import Rule
+from evdit_opt.masks import CACHED, Rule
 from evdit_opt.plan import Plan
 from evdit_opt.reuse import refresh_every, with_reuse
 from tests.models.branching_dit import make_branching, scope_plan
@@ -68,14 +68,20 @@ def reused_attention(
     """Run ``model`` eagerly; ``modes`` says per site what its attention does. No compiler."""
     running: list[str] = []
     layout = TokenLayout(GRID)
-    biases = {name: rule.mask(GRID.frames).expand(layout) for name, rule in rules.items()}
+    biases = {
+        name: rule.mask(GRID.frames).expand(layout)
+        for name, rule in rules.items()
+        if not rule.keeps_nothing
+    }
     attend = F.scaled_dot_product_attention
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not running or k.shape[2] != layout.seq_len:
             return attend(q, k, v)
         site = running[-1]
-        sparse = attend(q, k, v, biases[site].to(q.dtype))
+        sparse = torch.zeros_like(q)
+        if site in biases:
+            sparse = attend(q, k, v, biases[site].to(q.dtype))
         if modes[site] == "refresh":
             residuals[site] = attend(q, k, v) - sparse
         if modes[site] in ("refresh", "dense"):
@@ -155,6 +161,47 @@ def test_only_the_named_sites_reuse() -> None:
     right = expected(model, rules, inputs, "fufufu", sites)
     apply_plan(model, reusing_plan(model, sites=sites), inner="eager")
     assert error(sample(model, inputs), right) < CLOSE
+
+
+@pytest.mark.parametrize("way", ["one graph", "shared graphs", "scope", "outside graphs"])
+def test_an_output_can_be_reused_as_a_whole(way: str) -> None:
+    first, second = toy_rules(2)
+    rules = {first: CACHED, second: toy_rules(2)[second]}
+    model = timed_toy(breaks=way == "shared graphs")
+    plan = make_plan(model, toy_rules(2))
+    if way in ("scope", "outside graphs"):
+        make_branching(model, way == "outside graphs")
+        plan = scope_plan(model, toy_rules(2))
+    right = expected(model, rules, conditioning(), "dfuufu", tuple(rules))
+    plan = with_reuse(plan, (800.0, 300.0), rule=CACHED, sites=[first], levels=LEVELS)
+    plan = replace(plan, reuse=replace(plan.reuse, sites=tuple(rules)))
+    if way == "shared graphs":
+        plan = replace(plan, fullgraph=False)
+    apply_plan(model, plan, inner="eager")
+    got = sample(model, conditioning())
+    assert error(got, right) < CLOSE
+    assert {site.density for site in report(model).sites} >= {0.0}
+    restore(model)
+
+
+def test_a_site_that_keeps_nothing_must_reuse() -> None:
+    model = timed_toy()
+    with pytest.raises(PlanError, match="keeps no tile"):
+        make_plan(model, dict.fromkeys(toy_rules(2), CACHED))
+
+
+def test_the_density_of_a_run_counts_refreshes() -> None:
+    model = timed_toy()
+    first = next(iter(toy_rules(2)))
+    plan = with_reuse(make_plan(model, toy_rules(2)), (800.0, 300.0), sites=[first])
+    between = plan.density
+    assert between == sum(site.density for site in plan.sites) / 2
+    # dense, refresh, reuse, reuse, refresh, reuse; only one of the two sites refreshes
+    assert plan.density_over(LEVELS) == pytest.approx((1 + 5 * between + 2 * 0.5) / 6)
+    known = replace(plan, reuse=replace(plan.reuse, levels=LEVELS))
+    assert known.density == plan.density_over(LEVELS)
+    assert known.fingerprint() == plan.fingerprint()  # what a run was is evidence, not numbers
+    assert Plan.from_json(known.to_json()) == known
 
 
 def test_layers_that_share_graphs_keep_their_own_residuals() -> None:
@@ -290,7 +337,7 @@ def test_conditioning_made_anew_in_every_step_is_told(caplog: pytest.LogCaptureF
     model, inputs = timed_toy(), conditioning()
     apply_plan(model, reusing_plan(model), inner="eager")
     kept = []
-    with caplog.at_level(logging.WARNING, "evdit_opt.reuse"):
+    with caplog.at_level(logging.WARNING, "evdit_opt.generations"):
         for step in range(STRANGERS + 2):
             kept.append(inputs["text"].clone())
             call(model, {**inputs, "text": kept[-1]}, 900.0 - step)

@@ -1,11 +1,12 @@
 """Search plans that reuse residuals: which sites, which rule at each, and when to refresh.
 
 Damage is additive: over sites, and over steps, each step weighing as far as it moves the noise
-level. For a fixed schedule the choice per site is then separable, and a budget is met by a
-Lagrange multiplier; for fixed rules the best schedule is found exactly (``schedule.py``). The two
-alternate, for every number of refreshes.
+level. For a fixed schedule the choice per site is then separable, and the best one within a budget
+is found by dynamic programming; so is the best schedule for fixed rules (``schedule.py``). The two
+alternate, from two starts, for every number of refreshes.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,15 @@ __all__ = ["DENSE", "Found", "Option", "Problem", "cheapest_within", "search", "
 
 ROUNDS = 4
 """Alternations of rules and schedule; the second already changes little."""
+
+SMALLER = 1 - 1e-9
+"""What damage must shrink by to count."""
+
+REPAIRED = 3
+"""Plans whose schedule is improved further."""
+
+BINS = 2048
+"""Steps in which a budget is spent."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,10 @@ def search(problem: Problem, density: float) -> list[Found]:
         for one in [_alternate(problem, refreshes, lead, pick(lead))]
         if one is not None
     ]
-    return sorted(found, key=lambda one: one.damage)
+    found.sort(key=lambda one: one.damage)
+    found[:REPAIRED] = [_repair(problem, one, pick) for one in found[:REPAIRED]]
+    distinct = {(one.refreshes, one.damage): one for one in found}
+    return sorted(distinct.values(), key=lambda one: one.damage)
 
 
 def cheapest_within(problem: Problem, threshold: float) -> Found | None:
@@ -135,22 +148,55 @@ def _alternate(problem: Problem, refreshes: int, lead: int, pick: Pick) -> Found
     """Rules for a schedule, the best schedule for the rules, and again."""
     steps = len(problem.levels)
     span = steps - lead
-    schedule = tuple(sorted({lead + n * span // refreshes for n in range(refreshes)}))
+    uniform = tuple(sorted({lead + n * span // refreshes for n in range(refreshes)}))
+    drifting, _ = best_refreshes(_mean_drift(problem), refreshes, lead)
     best: Found | None = None
-    for _ in range(ROUNDS):
-        choice = _choose(problem, schedule, lead, pick)
-        if choice is None:
-            break
-        damage = sum(option.damage for option in choice.values())
-        cost = sum(option.cost for option in choice.values()) + lead * len(choice)
-        if not any(option.reuses for option in choice.values()):
-            break
-        found = Found(choice, schedule, damage, cost / steps / len(choice))
-        if best is not None and found.damage >= best.damage * (1 - 1e-9):
-            break
-        best = found
-        schedule, _ = best_refreshes(_total(problem, choice), refreshes, lead)
+    for start in sorted({uniform, drifting}):
+        schedule, latest = start, None
+        for _ in range(ROUNDS):
+            found = _at_schedule(problem, schedule, pick)
+            if found is None or (latest is not None and found.damage >= latest.damage * SMALLER):
+                break
+            latest = found
+            schedule, _ = best_refreshes(_total(problem, found.options), refreshes, lead)
+        if latest is not None and (best is None or latest.damage < best.damage):
+            best = latest
     return best
+
+
+def _repair(problem: Problem, found: Found, pick: Callable[[int], Pick]) -> Found:
+    """Move, add or leave out single refreshes as long as that helps; the rules are chosen anew."""
+    while True:
+        near = [
+            _at_schedule(problem, schedule, pick(schedule[0]))
+            for schedule in _neighbours(found.refreshes, len(problem.levels))
+        ]
+        better = min((one for one in near if one is not None), key=lambda one: one.damage)
+        if better.damage >= found.damage * SMALLER:
+            return found
+        found = better
+
+
+def _neighbours(schedule: tuple[int, ...], steps: int) -> list[tuple[int, ...]]:
+    """Schedules that differ in one refresh, and the schedule itself."""
+    near = {schedule}
+    for place, step in enumerate(schedule):
+        others = schedule[:place] + schedule[place + 1 :]
+        near |= {tuple(sorted({*others, moved})) for moved in (step - 1, step + 1)}
+        near |= {others}
+    near |= {tuple(sorted({*schedule, step})) for step in range(steps)}
+    return sorted(one for one in near if one and one[0] >= 0 and one[-1] < steps)
+
+
+def _at_schedule(problem: Problem, schedule: tuple[int, ...], pick: Pick) -> Found | None:
+    """The best rules for a schedule; None if none fits, or none reuses."""
+    lead, steps = schedule[0], len(problem.levels)
+    choice = _choose(problem, schedule, lead, pick)
+    if choice is None or not any(option.reuses for option in choice.values()):
+        return None
+    damage = sum(option.damage for option in choice.values())
+    cost = sum(option.cost for option in choice.values()) + lead * len(choice)
+    return Found(choice, schedule, damage, cost / steps / len(choice))
 
 
 def _choose(
@@ -197,6 +243,16 @@ def _reused(schedule: tuple[int, ...], steps: int) -> tuple[list[int], list[int]
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
+def _mean_drift(problem: Problem) -> Tensor:
+    """Damage of step t with the residuals of step s, mean over rules, summed over sites."""
+    weights = step_weights(problem.levels)
+    total = torch.zeros(len(weights), len(weights), dtype=torch.float64)
+    for site, reused in problem.reuse.items():
+        for own in reused:
+            total += problem.gains[site] * (own.output + own.temporal) * weights / len(reused)
+    return total
+
+
 def _total(problem: Problem, choice: Mapping[str, Option]) -> Tensor:
     """Damage of step t with the residuals of step s, ``[steps, steps]``, over all sites."""
     weights = step_weights(problem.levels)
@@ -220,47 +276,46 @@ def _within_threshold(
 def _within_budget(
     options: Mapping[str, Sequence[Option]], budget: float
 ) -> dict[str, Option] | None:
-    """The least damage at a total cost of at most ``budget``; None if nothing is cheap enough."""
+    """The least damage at a total cost of at most ``budget``; None if nothing is cheap enough.
 
-    def at(price: float) -> dict[str, Option]:
-        return {
-            site: min(own, key=lambda o: (o.damage + price * o.cost, o.cost))
-            for site, own in options.items()
-        }
-
-    def cost(choice: Mapping[str, Option]) -> float:
-        return sum(option.cost for option in choice.values())
-
-    cheapest = {site: min(own, key=lambda o: (o.cost, o.damage)) for site, own in options.items()}
-    if cost(cheapest) > budget + 1e-9:
+    Dynamic programming over sites and what is spent on them. Costs are rounded up to ``1 / BINS``
+    of the budget; as much more as that may add is allowed first, and taken back until true costs
+    fit, so the result is exact up to that rounding.
+    """
+    if budget <= 0.0:
         return None
-    low, high = 0.0, 1.0
-    while cost(at(high)) > budget and high < 1e12:
-        high *= 4
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if cost(at(middle)) <= budget else (middle, high)
-    choice = at(high) if cost(at(high)) <= budget + 1e-9 else cheapest
-    return _spend(options, choice, budget - cost(choice))
+    bins = BINS + len(options)
+    spent = torch.zeros(bins + 1, dtype=torch.float64)  # least damage by what may be spent
+    taken: list[tuple[str, Sequence[Option], Tensor, list[int]]] = []
+    for site, own in options.items():
+        useful = _undominated(own)
+        costs = [math.ceil(option.cost / budget * BINS - 1e-9) for option in useful]
+        totals = torch.full((len(useful), bins + 1), torch.inf, dtype=torch.float64)
+        for row, (option, cost) in enumerate(zip(useful, costs, strict=True)):
+            if cost <= bins:
+                totals[row, cost:] = spent[: bins + 1 - cost] + option.damage
+        spent, choice = totals.min(0)
+        taken.append((site, useful, choice, costs))
+    for capacity in range(bins, -1, -1):
+        if spent[capacity].isinf():
+            return None
+        left, found = capacity, {}
+        for site, offered, choice, costs in reversed(taken):
+            row = int(choice[left])
+            found[site] = offered[row]
+            left -= costs[row]
+        if sum(option.cost for option in found.values()) <= budget * (1 + 1e-12):
+            return {site: found[site] for site in options}
+    return None
 
 
-def _spend(
-    options: Mapping[str, Sequence[Option]], choice: dict[str, Option], left: float
-) -> dict[str, Option]:
-    """Use what a multiplier leaves of the budget: the best improvement that fits, and again."""
-    while True:
-        better = [
-            ((choice[site].damage - option.damage), site, option)
-            for site, own in options.items()
-            for option in own
-            if option.damage < choice[site].damage
-            and option.cost - choice[site].cost <= left + 1e-9
-        ]
-        if not better:
-            return choice
-        _, site, option = max(better, key=lambda item: item[0])
-        left -= option.cost - choice[site].cost
-        choice = {**choice, site: option}
+def _undominated(options: Sequence[Option]) -> list[Option]:
+    """Without those that another one beats in cost and damage, from cheap to dear."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.cost, o.damage)):
+        if not kept or option.damage < kept[-1].damage:
+            kept.append(option)
+    return kept
 
 
 def _few_rules(

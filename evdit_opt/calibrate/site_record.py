@@ -121,7 +121,8 @@ class SiteRecord:
         for parts in tile_parts(q, k, v, self.layout, self._positions, attn_mask, scale):
             dense, static, reused = self._outputs(parts)
             self._scale += _squares(dense)
-            self._error += torch.stack([_squares(own - dense) for own in static], 0)
+            for row, own in enumerate(static):
+                self._error[row] += _squares(own - dense)
             mass.append(parts.mass().cpu())
             if self.reused:
                 residuals = torch.cat([dense.unsqueeze(0), dense - reused])

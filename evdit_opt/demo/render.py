@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evdit_opt.masks import DROPPED
+from evdit_opt.masks import DROPPED, Rule
 from evdit_opt.plan import Plan
 
 __all__ = ["write_masks", "write_side_by_side"]
@@ -61,9 +61,7 @@ def write_masks(path: Path, plan: Plan) -> Path:
     for axis in axes.flat:
         axis.axis("off")
     for axis, site in zip(axes.flat, plan.sites, strict=False):
-        bias = (
-            np.zeros((frames, frames)) if site.rule is None else site.rule.mask(frames).bias.numpy()
-        )
+        bias = _bias(site.rule, frames)
         weight = np.where(bias == DROPPED, 0.0, 1.0 + bias)
         axis.imshow(weight, cmap="Blues", vmin=0.0, vmax=4.0, interpolation="nearest")
         name = "dense" if site.rule is None else site.rule.describe(frames)
@@ -72,11 +70,21 @@ def write_masks(path: Path, plan: Plan) -> Path:
         axis.set(xticks=[], yticks=[])
         axis.axis("on")
     figure.suptitle(
-        f"kept tiles: query frame (down) x key frame (across), {frames} latent frames", fontsize=9
+        f"kept tiles{'' if plan.reuse is None else ' between refreshes'}: query frame (down) x key "
+        f"frame (across), {frames} latent frames",
+        fontsize=9,
     )
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return path
+
+
+def _bias(rule: Rule | None, frames: int) -> np.ndarray:
+    if rule is None:
+        return np.zeros((frames, frames))
+    if rule.keeps_nothing:
+        return np.full((frames, frames), DROPPED)
+    return rule.mask(frames).bias.numpy()
 
 
 def _write_gif(path: Path, video: np.ndarray) -> None:

@@ -1,0 +1,115 @@
+"""Searching plans that reuse: budgets hold, and small problems equal trying everything."""
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evdit_opt.calibrate.reuse_search import Problem, cheapest_within, search, step_weights
+from evdit_opt.calibrate.site_record import CandidateError, ReuseError
+from evdit_opt.masks import CACHED, Rule
+
+OWN, ONE, TWO = Rule(0), Rule(1), Rule(2)
+
+
+def problem(sites: int, steps: int, seed: int, **limits: int) -> Problem:
+    """Residuals that drift apart at different speeds, densities as at 10 frames."""
+    random = torch.Generator().manual_seed(seed)
+    errors, reuse = {}, {}
+    for n in range(sites):
+        name = f"blocks.{n}.attn1"
+        speed = torch.rand(steps, generator=random).double() * 0.1
+        position = speed.cumsum(0)
+        drift = (position[None] - position[:, None]).square()
+        own = float(torch.rand((), generator=random))
+        errors[name] = (
+            CandidateError(ONE, 0.19, 0.5 * own, own),
+            CandidateError(TWO, 0.36, 0.3 * own, 0.6 * own),
+        )
+        reuse[name] = (
+            ReuseError(CACHED, 0.0, drift, 2 * drift),
+            ReuseError(OWN, 0.1, 0.4 * drift, 0.7 * drift),
+        )
+    gains = {name: float(torch.rand((), generator=random)) + 0.1 for name in errors}
+    levels = tuple(float(level) for level in torch.linspace(1000, 100, steps))
+    defaults = {"max_reusing": sites, "max_rules": 6}
+    return Problem(errors, reuse, gains, levels, **{**defaults, **limits})
+
+
+@given(
+    st.integers(1, 6), st.integers(2, 9), st.integers(0, 999),
+    st.floats(0.05, 0.9), st.integers(0, 6), st.integers(1, 3),
+)  # fmt: skip
+@settings(max_examples=50)
+def test_every_limit_holds(sites, steps, seed, density, max_reusing, max_rules):
+    given_ = problem(sites, steps, seed, max_reusing=max_reusing, max_rules=max_rules)
+    found = search(given_, density)
+    assert found == sorted(found, key=lambda one: one.damage)
+    for one in found:
+        reusing = [option for option in one.options.values() if option.reuses]
+        rules = {option.rule for option in one.options.values()} - {None}
+        assert 1 <= len(reusing) <= max_reusing
+        assert len(rules) <= max_rules
+        assert one.density <= density + 1e-9
+        lead, refreshes = one.refreshes[0], len(one.refreshes)
+        cost = sum(
+            (0.0 if option.rule is None else option.cost) for option in one.options.values()
+        ) + (steps - lead) * sum(option.rule is None for option in one.options.values())
+        assert one.density == pytest.approx((cost + lead * sites) / steps / sites)
+        assert all(option.cost >= refreshes for option in reusing)
+
+
+@given(st.integers(0, 300))
+@settings(max_examples=25)
+def test_two_sites_and_a_few_steps_come_close_to_trying_everything(seed):
+    given_, density = problem(2, 5, seed), 0.45
+    weights = step_weights(given_.levels)
+    best = float("inf")
+    for first in range(3):
+        for later in product([False, True], repeat=5 - first - 1):
+            schedule = [first, *(first + 1 + n for n, one in enumerate(later) if one)]
+            latest, at, now = [], [], first
+            for step in range(first + 1, 5):
+                now = step if step in schedule else now
+                if step not in schedule:
+                    latest.append(now)
+                    at.append(step)
+            own = []
+            for site, gain in given_.gains.items():
+                span = 5 - first
+                options = [(0.0, float(span), False)]
+                for c in given_.errors[site]:
+                    moved = float(weights[first:].sum())
+                    damage = gain * moved * (c.output**2 + c.temporal**2)
+                    options.append((damage, c.density * span, False))
+                for c in given_.reuse[site]:
+                    damage = float((weights[at] * (c.output + c.temporal)[latest, at]).sum())
+                    options.append((gain * damage, c.density * span + len(schedule), True))
+                own.append(options)
+            for pair in product(*own):
+                if not any(reuses for *_, reuses in pair):
+                    continue
+                if sum(cost for _, cost, _ in pair) + 2 * first <= density * 5 * 2 + 1e-9:
+                    best = min(best, sum(damage for damage, *_ in pair))
+    found = search(given_, density)
+    # Alternating finds the best rules of a schedule and the best schedule of rules, seldom less
+    # than the best of both.
+    assert found[0].damage >= best * (1 - 1e-9)
+    assert found[0].damage <= 1.5 * best
+
+
+def test_a_threshold_bounds_every_site_and_takes_the_cheapest():
+    given_ = problem(4, 8, 3)
+    tight, loose = (cheapest_within(given_, threshold) for threshold in (0.02, 0.2))
+    assert tight is not None
+    assert loose is not None
+    for one, threshold in ((tight, 0.02), (loose, 0.2)):
+        assert all(option.error <= threshold for option in one.options.values())
+    assert loose.density < tight.density
+
+
+def test_steps_weigh_as_far_as_they_move_the_noise():
+    weights = step_weights((1000.0, 900.0, 400.0))
+    assert weights.tolist() == pytest.approx([0.1, 0.5, 0.4])
