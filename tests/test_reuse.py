@@ -186,7 +186,7 @@ def test_an_output_can_be_reused_as_a_whole(way: str) -> None:
 
 def test_a_site_that_keeps_nothing_must_reuse() -> None:
     model = timed_toy()
-    with pytest.raises(PlanError, match="keeps no tile"):
+    with pytest.raises(PlanError, match="whose rule keeps nothing"):
         make_plan(model, dict.fromkeys(toy_rules(2), CACHED))
 
 

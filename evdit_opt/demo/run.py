@@ -30,9 +30,9 @@ from evdit_opt.versions import installed_versions
 
 __all__ = ["DEMO_CONFIG", "make_report", "paper_plan", "run_demo"]
 
-CALIBRATION_PROMPTS = tuple(label.caption() for label in TRAINED[:: len(TRAINED) // 4][:4])
+CALIBRATION_PROMPTS = tuple(label.caption() for label in TRAINED[:: len(TRAINED) // 3][:3])
 DEMO_CONFIG = Config(
-    density=0.2,
+    density=0.2734,  # what 2 of 17 reference frames keep: the paper's mask then has the same
     references=(1, 2, 3, 4, 6),
     windows=(0,),  # many short calls: at 100 tokens a frame a window costs more than it keeps
     verify_prompts=1,
