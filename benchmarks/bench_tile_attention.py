@@ -1,11 +1,13 @@
 """Tile attention against dense attention, masked dense attention and FlexAttention, on a CPU.
 
     python -m benchmarks.bench_tile_attention --threads 1 --clock thread
+    python -m benchmarks.bench_tile_attention --threads 2 --section main --section demo
 
 (``benchmarks.gpu_suite`` is for GPUs.) FLOPs of one forward: 4 * batch * heads * head_dim * (kept
 query-key pairs); dense keeps seq ** 2. Every contender runs once per round, so that what disturbs
 the machine disturbs all of them alike. ``of ideal`` is time / (density * dense time): 1 is perfect.
-On a shared machine use one thread and its CPU time; the JSON records which clock was used.
+On a shared machine use one thread and its CPU time; the JSON records which clock was used, and
+keeps what was measured with another number of threads.
 """
 
 import argparse
@@ -19,16 +21,21 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.contenders import flex, make_inputs, ours
+from benchmarks import cpu_memory
+from benchmarks.contenders import compiled_ours, flex, make_inputs, ours
 from benchmarks.measure import CLOCKS, environment, interleaved
 from benchmarks.shapes import SMALL, Shape
-from evdit_opt.masks import DROPPED, Rule
+from evdit_opt.masks import Rule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Contenders = dict[str, Callable[[], object]]
+COMPILED_SEQ = 256
 MAIN = Shape(
     name="main", frames=16, tokens=576, heads=4, head_dim=64,
     rules=(Rule(1), Rule(2), Rule(2, weighting="balanced")),
+)  # fmt: skip
+WIDE = Shape(
+    name="wide", frames=8, tokens=900, heads=2, head_dim=128, rules=(Rule(1), Rule(2)),
 )  # fmt: skip
 DEMO = Shape(
     name="demo", frames=17, tokens=100, heads=3, head_dim=32,
@@ -47,10 +54,6 @@ def bench(
         "decomposed": partial(ours(shape, mask, "decomposed"), q, k, v),
     }
     if peers:
-        expanded = mask.expand(shape.layout).to(q.dtype)
-        keep = expanded != DROPPED
-        contenders["float mask"] = lambda: scaled_dot_product_attention(q, k, v, attn_mask=expanded)
-        contenders["bool mask"] = lambda: scaled_dot_product_attention(q, k, v, attn_mask=keep)
         contenders["flex"] = partial(flex(shape, mask, "cpu", {}), q, k, v)
     seconds = interleaved(contenders, arguments.rounds, "cpu", arguments.clock)
     dense = seconds["dense"]
@@ -78,7 +81,8 @@ def bench(
 def small(arguments: argparse.Namespace, shape: Shape, dtype: str, rule: Rule) -> dict[str, Any]:
     """Whether "auto" is as fast as the best there is where calls are short.
 
-    "masked SDPA" is what a person would write: one call, its mask made before.
+    "masked SDPA" is what a person would write: one call, its mask made before. Up to
+    ``COMPILED_SEQ`` tokens, where calling an operator costs as much as what it does, also compiled.
     """
     q, k, v = make_inputs(shape, DTYPES[dtype], "cpu")
     mask = rule.mask(shape.frames)
@@ -87,19 +91,40 @@ def small(arguments: argparse.Namespace, shape: Shape, dtype: str, rule: Rule) -
         impl: partial(ours(shape, mask, impl), q, k, v) for impl in ("auto", "decomposed", "masked")
     }
     contenders["masked SDPA"] = lambda: scaled_dot_product_attention(q, k, v, attn_mask=expanded)
+    if shape.layout.seq_len <= COMPILED_SEQ:
+        torch._dynamo.reset()
+        contenders["auto compiled"] = partial(compiled_ours(shape, mask), q, k, v)
+        contenders["masked SDPA compiled"] = torch.compile(
+            contenders["masked SDPA"], fullgraph=True, dynamic=False
+        )
     contenders["auto"]()  # measures and chooses
     seconds = interleaved(contenders, 10 * arguments.rounds, "cpu", arguments.clock)
     times = {name: 1e3 * min(own) for name, own in seconds.items()}
-    peers = min(time for name, time in times.items() if name != "auto")
     own = min(times["decomposed"], times["masked"])
     row = {"frames": shape.frames, "tokens": shape.tokens, "heads": shape.heads,
            "head_dim": shape.head_dim, "dtype": dtype, "rule": rule.describe(shape.frames),
            "density": mask.density, "min_ms": times, "auto_over_own": times["auto"] / own,
-           "auto_over_all": times["auto"] / peers}  # fmt: skip
+           "auto_over_masked_sdpa": times["auto"] / times["masked SDPA"]}  # fmt: skip
+    if "auto compiled" in times:
+        row["compiled_over_masked_sdpa"] = times["auto compiled"] / times["masked SDPA compiled"]
     text = ", ".join(f"{name} {time:.3f}" for name, time in times.items())
     print(f"F={shape.frames} T={shape.tokens} {dtype} {row['rule']}: {text} ms; auto / best "
-          f"implementation {row['auto_over_own']:.2f}, / best {row['auto_over_all']:.2f}",
-          flush=True)  # fmt: skip
+          f"implementation {row['auto_over_own']:.2f}, / masked SDPA "
+          f"{row['auto_over_masked_sdpa']:.2f}", flush=True)  # fmt: skip
+    return row
+
+
+def memory(dtype: str, rule: int) -> dict[str, Any]:
+    """Bytes at the peak of one call, each in a process of its own."""
+    dense, own = (cpu_memory.peak(name, rule, dtype) for name in ("dense", "decomposed"))
+    shape, beside = cpu_memory.MEMORY, {"dense": dense["beside"], "decomposed": own["beside"]}
+    row = {"frames": shape.frames, "tokens": shape.tokens, "heads": shape.heads,
+           "head_dim": shape.head_dim, "dtype": dtype,
+           "rule": shape.rules[rule].describe(shape.frames), "inputs_bytes": dense["inputs"],
+           "beside_inputs_bytes": beside,
+           "of_dense": sum(own.values()) / sum(dense.values())}  # fmt: skip
+    print(f"{dtype} {row['rule']}: {beside} beside {dense['inputs']} bytes; "
+          f"{row['of_dense']:.2f} of dense", flush=True)  # fmt: skip
     return row
 
 
@@ -122,14 +147,18 @@ def exponent(arguments: argparse.Namespace, references: int) -> dict[str, Any]:
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
     "main": lambda a: [
-        bench(a, MAIN, dtype, rule, not a.no_peers)
-        for dtype in ("float32", "bfloat16") for rule in MAIN.rules
+        bench(a, shape, dtype, rule, not a.no_peers)
+        for dtype in ("float32", "bfloat16") for shape in (MAIN, WIDE) for rule in shape.rules
     ],
     "demo": lambda a: [bench(a, DEMO, "float32", rule, False) for rule in DEMO.rules],
     "growth": lambda a: [exponent(a, references) for references in (1, 2)],
     "small": lambda a: [
         small(a, shape, dtype, rule)
         for dtype in ("float32", "bfloat16") for shape in SMALL for rule in shape.rules
+    ],
+    "memory": lambda a: [
+        memory(dtype, rule)
+        for dtype in ("float32", "bfloat16") for rule in range(len(cpu_memory.MEMORY.rules))
     ],
 }  # fmt: skip
 
@@ -154,7 +183,8 @@ def main() -> None:
     }  # fmt: skip
     with torch.no_grad():
         for section in arguments.section or SECTIONS:
-            report[section] = {"environment": facts, "rows": SECTIONS[section](arguments)}
+            name = section if arguments.threads == 1 else f"{section}, {arguments.threads} threads"
+            report[name] = {"environment": facts, "rows": SECTIONS[section](arguments)}
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {arguments.output}")

@@ -17,7 +17,7 @@ from evdit_opt.kernels.flex import make_block_mask, make_score_mod
 from evdit_opt.kernels.geometry import Geometry
 from evdit_opt.masks import TileMask
 
-__all__ = ["Attention", "dense_backends", "flex", "make_inputs", "ours", "timed"]
+__all__ = ["Attention", "compiled_ours", "dense_backends", "flex", "make_inputs", "ours", "timed"]
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 BACKENDS = {
@@ -61,6 +61,26 @@ def dense_backends(
 def ours(shape: Shape, mask: TileMask, impl: str) -> Attention:
     """Tile attention by one implementation."""
     return partial(tile_attention, mask=mask, layout=shape.layout, impl=impl)
+
+
+def compiled_ours(shape: Shape, mask: TileMask) -> Attention:
+    """Tile attention inside of a graph, compiled as a model is: inlined on a CPU."""
+    from torch._inductor.compile_fx import compile_fx
+
+    from evdit_opt.passes.inline_decomposed import inline_decomposed
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        assert inline_decomposed(gm) == 1
+        return compile_fx(gm, inputs)
+
+    intervals, log_weights = map(list, mask.segments())
+    arguments = (None, intervals, log_weights, shape.frames, shape.tokens, shape.prefix,
+                 shape.suffix, None, "auto")  # fmt: skip
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.ops.evdit.tile_attention.default(q, k, v, *arguments)[0]
+
+    return torch.compile(attention, backend=backend, fullgraph=True, dynamic=False)
 
 
 def _flex_attention(q: Tensor, k: Tensor, v: Tensor, score_mod: Any, block_mask: Any) -> Tensor:

@@ -93,46 +93,82 @@ def gpu_section(report: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def growth_line(rows: list[dict[str, Any]]) -> str:
+    """How time grows with the number of frames."""
+    return "; ".join(
+        f"{row['references']} reference(s): time grows as frames ** {row['exponent']:.2f}"
+        for row in rows
+    ) + "."  # fmt: skip
+
+
+def small_table(rows: list[dict[str, Any]]) -> str:
+    """Short calls: "auto", what it chooses from, and what a person would write."""
+    names = ["auto", "decomposed", "masked", "masked SDPA"]
+    return (
+        "*masked SDPA* is one call of PyTorch's with the mask of all token pairs. *compiled*: both "
+        "inside of a graph, where no operator is called by name, up to 256 tokens.\n\n"
+    ) + table(
+        ["frames x tokens", "dtype", "mask", "density", *(f"{n}, ms" for n in names),
+         "auto / best implementation", "auto / masked SDPA", "compiled: auto / masked SDPA"],
+        [[f"{row['frames']} x {row['tokens']}", row["dtype"], row["rule"],
+          f"{row['density']:.2f}", *(f"{row['min_ms'][n]:.2f}" for n in names),
+          f"{row['auto_over_own']:.2f}", f"{row['auto_over_masked_sdpa']:.2f}",
+          f"{row['compiled_over_masked_sdpa']:.2f}" if "compiled_over_masked_sdpa" in row else ""]
+         for row in rows],
+    )  # fmt: skip
+
+
+def memory_table(rows: list[dict[str, Any]]) -> str:
+    """Peaks beside the inputs, and with them relative to dense attention."""
+    return (
+        "Resident memory at the peak of one call, in a process of its own; the result is part of "
+        "what lies beside the inputs.\n\n"
+    ) + table(
+        ["F, T, H, D", "dtype", "mask", "inputs, MiB", "dense: beside them, MiB",
+         "decomposed: beside them, MiB", "inputs included: decomposed / dense"],
+        [[shape_of(row), row["dtype"], row["rule"], f"{row['inputs_bytes'] / 2**20:.1f}",
+          *(f"{row['beside_inputs_bytes'][n] / 2**20:.1f}" for n in ("dense", "decomposed")),
+          f"{row['of_dense']:.2f}"] for row in rows],
+    )  # fmt: skip
+
+
+def speed_table(rows: list[dict[str, Any]]) -> str:
+    """Time relative to density x dense, best of the rounds; and the median of ours."""
+    names = [name for name in rows[0]["results"] if name != "dense"]
+    return table(
+        ["F, T, H, D", "dtype", "mask", "density", "dense, ms",
+         *(f"{name}: time of ideal" for name in names), "decomposed: median"],
+        [[shape_of(row), row["dtype"], row["rule"], f"{row['density']:.3f}",
+          f"{row['results']['dense']['min_ms']:.1f}",
+          *(f"{row['results'][name]['of_ideal']:.2f}" for name in names),
+          f"{row['results']['decomposed']['of_ideal_median']:.2f}"] for row in rows],
+    )  # fmt: skip
+
+
+def shape_of(row: dict[str, Any]) -> str:
+    """Frames, tokens of a frame, heads, head_dim."""
+    return f"{row['frames']}, {row['tokens']}, {row['heads']}, {row['head_dim']}"
+
+
+CPU_SECTIONS = {"growth": growth_line, "small": small_table, "memory": memory_table}
+
+
 def cpu_section(report: dict[str, Any]) -> str:
     """What ``bench_tile_attention`` measured."""
     parts = ["### CPU"]
     titles = {
         "main": "Long frames", "demo": "The demo's shape", "growth": "Growth with the frames",
-        "small": "Short sequences: does `auto` choose well?",
+        "small": "Short sequences: does `auto` choose well?", "memory": "Peak memory",
     }  # fmt: skip
     for section, title in titles.items():
-        if section not in report:
-            continue
-        facts, rows = report[section]["environment"], report[section]["rows"]
-        parts.append(
-            f"**{title}.** {facts['device_name']}, torch {facts['torch']}, {facts['threads']} "
-            f"thread(s), {facts['clock']} clock, {facts['date']}."
-        )
-        if section == "growth":
-            parts.append("; ".join(
-                f"{row['references']} reference(s): time grows as frames ** {row['exponent']:.2f}"
-                for row in rows
-            ) + ".")  # fmt: skip
-        elif section == "small":
-            names = list(rows[0]["min_ms"])
-            parts.append(table(
-                ["frames x tokens", "dtype", "mask", "density", *(f"{n}, ms" for n in names),
-                 "auto / best implementation"],
-                [[f"{row['frames']} x {row['tokens']}", row["dtype"], row["rule"],
-                  f"{row['density']:.2f}", *(f"{row['min_ms'][n]:.2f}" for n in names),
-                  f"{row['auto_over_own']:.2f}"] for row in rows],
-            ))  # fmt: skip
-        else:
-            names = [name for name in rows[0]["results"] if name != "dense"]
-            parts.append(table(
-                ["F, T, H, D", "dtype", "mask", "density", "dense, ms",
-                 *(f"{name}: time of ideal" for name in names)],
-                [[f"{row['frames']}, {row['tokens']}, {row['heads']}, {row['head_dim']}",
-                  row["dtype"], row["rule"], f"{row['density']:.3f}",
-                  f"{row['results']['dense']['min_ms']:.1f}",
-                  *(f"{row['results'][name]['of_ideal']:.2f}" for name in names)]
-                 for row in rows],
-            ))  # fmt: skip
+        for name in (name for name in report if name.split(",")[0] == section):
+            facts, rows = report[name]["environment"], report[name]["rows"]
+            clock = "" if section == "memory" else f", {facts['clock']} clock"
+            parts += [
+                f"**{title}.** {facts['device_name']}, torch {facts['torch']}, {facts['threads']} "
+                f"thread(s){clock}, {facts['date']}.",
+                CPU_SECTIONS.get(section, speed_table)(rows),
+            ]
     return "\n\n".join(parts)
 
 

@@ -16,7 +16,8 @@ def merge(
     Args:
         out: attention over one set, ``[..., queries, head_dim]``.
         lse: its log-sum-exp, ``[..., queries]``, float32 or float64; -inf where it saw no key.
-        part: attention over the other set, like out; so is part_lse.
+        part: attention over the other set, like out; overwritten if it has the result's dtype.
+        part_lse: its log-sum-exp, like lse.
         may_be_empty: whether a log-sum-exp may be -inf.
 
     Returns:
@@ -32,4 +33,4 @@ def merge(
         lse = lse + torch.nn.functional.softplus(difference, threshold=40.0)
     share = torch.sigmoid(difference).unsqueeze(-1)
     # Three vectorised passes; lerp with a broadcast weight is scalar on a CPU.
-    return (part.to(share.dtype) - out).mul_(share).add_(out), lse
+    return part.to(share.dtype).sub_(out).mul_(share).add_(out), lse

@@ -32,8 +32,15 @@ def forget() -> None:
     autotune._warn_once.cache_clear()
 
 
+def work(seconds: float) -> None:
+    """Keep the processor busy: a thread that sleeps takes no time of its own."""
+    stop = time.thread_time() + seconds
+    while time.thread_time() < stop:
+        pass
+
+
 def candidates() -> dict[str, object]:
-    return {"slow": lambda: time.sleep(0.01), "fast": lambda: time.sleep(0.001)}
+    return {"slow": lambda: work(0.01), "fast": lambda: work(0.001)}
 
 
 def choose() -> autotune.Choice:
@@ -53,6 +60,27 @@ def test_the_fastest_is_chosen_and_found_again(
     forget()
     assert autotune.remembered(KEY, NAMES) == choice
     assert [path.suffix for path in folder.iterdir()] == [".json"]
+
+
+@pytest.mark.parametrize(("seconds", "name"), [(1.01, "first"), (1.05, "second")])
+def test_a_tie_goes_to_the_first(
+    seconds: float, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = {"first": seconds, "second": 1.0}
+    runs = {n: (lambda n=n: n) for n in times}
+    monkeypatch.setattr(autotune, "_milliseconds", lambda run, device: times[run()])
+    choice = autotune.choose(KEY, runs, CPU)
+    assert choice.name == name
+    assert choice.milliseconds == times
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_one_thread_is_timed_by_its_own_clock(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    slept = autotune._milliseconds(lambda: time.sleep(0.02), CPU)
+    assert (slept < 10) == (threads == 1)
 
 
 def test_a_choice_nobody_offers_any_more_does_not_count() -> None:
@@ -165,7 +193,7 @@ def test_measuring_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     def call(name: str, seconds: float) -> object:
         def run() -> None:
             calls[name] += 1
-            time.sleep(seconds)
+            work(seconds)
 
         return run
 
