@@ -60,7 +60,8 @@ def tile_attention(
             call is seen, and remembered in the user's cache folder), "static" (one chosen by a rule
             of thumb, without measuring), "reference" (quadratic memory), "decomposed" (dense
             attention calls), "masked" (one call, at most 2048 tokens), "triton" (the fused kernel),
-            "flex" or "flex_flash" (FlexAttention, by Triton or by flash-attn 4; CUDA only). An
+            "flex" or "flex_flash" (FlexAttention, by Triton or by flash-attn 4; CUDA only), "sage"
+            (decomposed, by SageAttention's 8-bit kernels: not exact, no gradient; CUDA only). An
             explicit choice never falls back to another.
         return_lse: also return the log-sum-exp.
 

@@ -11,6 +11,7 @@ those of the kept tiles, and what is held beside the result is a block, never se
 Mask family: Efficient-vDiT, arXiv 2502.06155.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +19,15 @@ from torch import Tensor
 
 from evdit_opt.kernels.constants import constant
 from evdit_opt.kernels.decomposition import Block, Decomposition, decompose
-from evdit_opt.kernels.dense import attend, key_bias, lse_dtype
+from evdit_opt.kernels.dense import attend as dense_attend
+from evdit_opt.kernels.dense import key_bias, lse_dtype
 from evdit_opt.kernels.geometry import Geometry, own_windows, take
 from evdit_opt.kernels.merge import merge
 
-__all__ = ["forward", "rows_per_block"]
+__all__ = ["Attend", "forward", "rows_per_block"]
+
+# q, k, v, bias, scale -> out, log-sum-exp
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
 
 # Queries of a block on a CPU: enough for the flash kernel's large query tiles (from 768 queries),
 # few enough for its partial results to stay in the cache.
@@ -45,6 +50,7 @@ def forward(
     log_weights: tuple[float, ...],
     geometry: Geometry,
     scale: float,
+    attend: Attend = dense_attend,
 ) -> tuple[Tensor, Tensor]:
     """Tile attention.
 
@@ -57,6 +63,7 @@ def forward(
         log_weights: ``TileMask.segments()[1]``.
         geometry: frames and text of the sequence.
         scale: multiplies the logits.
+        attend: computes the dense calls; as :func:`evdit_opt.kernels.dense.attend`.
 
     Returns:
         out like ``torch.empty_like(q)``, lse ``[batch, heads, seq]`` (natural log, float32 or 64).
@@ -72,7 +79,9 @@ def forward(
         # Query head h reads key head h // groups: a strided slice of the query heads, no copies.
         heads = slice(group, None, groups)
         own_bias = bias[:, heads] if bias is not None and bias.shape[1] > 1 else bias
-        call = _Call(q[:, heads], k, v, own_bias, out[:, heads], lse[:, heads], geometry, scale)
+        call = _Call(
+            q[:, heads], k, v, own_bias, out[:, heads], lse[:, heads], geometry, scale, attend
+        )
         _dense_rows(call, plan)
         # The rows of a block take the place of the batch.
         one_by_one = q.shape[0] > 1 and any(block.count > 1 for block in blocks)
@@ -95,6 +104,7 @@ class _Call:
     lse: Tensor  # [batch, heads, seq]
     geometry: Geometry
     scale: float
+    attend: Attend
 
     def split(self) -> list["_Call"]:
         """One call per batch element."""
@@ -105,7 +115,7 @@ class _Call:
             calls.append(
                 _Call(
                     self.q[one], self.k[one], self.v[one], bias, self.out[one], self.lse[one],
-                    self.geometry, self.scale,
+                    self.geometry, self.scale, self.attend,
                 )
             )  # fmt: skip
         return calls
@@ -126,7 +136,7 @@ def _dense_rows(call: _Call, plan: Decomposition) -> None:
     ranges = call.geometry.ranges(plan.dense, with_text=True)
     if not ranges:
         return
-    out, lse = attend(take(call.q, ranges), call.k, call.v, call.bias, call.scale)
+    out, lse = call.attend(take(call.q, ranges), call.k, call.v, call.bias, call.scale)
     _put(call, ranges, out, lse)
 
 
@@ -161,10 +171,10 @@ def _sparse_rows(call: _Call, block: Block, shared: list[_Keys]) -> None:
         bias = None
         if call.bias is not None:
             bias = _own(call.bias.transpose(2, 3), geometry, block, start, stop).transpose(2, 3)
-        out, lse = attend(_by_row(q, rows), k, v, bias, call.scale)
+        out, lse = call.attend(_by_row(q, rows), k, v, bias, call.scale)
         parts.append((out, lse + weight if weight else lse))
     for keys in shared:
-        out, lse = attend(q, keys.k, keys.v, keys.bias, call.scale)
+        out, lse = call.attend(q, keys.k, keys.v, keys.bias, call.scale)
         out, lse = _by_row(out, rows), _by_row(lse.unsqueeze(-1), rows).squeeze(-1)
         if keys.weights is not None:
             lse = lse + keys.weights[block.position : block.position + rows, None, None]

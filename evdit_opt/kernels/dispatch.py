@@ -10,13 +10,20 @@ import torch
 from torch import Tensor
 
 from evdit_opt.errors import MaskError, UnsupportedInputError
-from evdit_opt.kernels import autotune, decomposed, decomposed_backward, masked, reference
+from evdit_opt.kernels import (
+    autotune,
+    decomposed,
+    decomposed_backward,
+    masked,
+    reference,
+    sage,
+)
 from evdit_opt.kernels.geometry import Geometry
 
 __all__ = ["IMPLEMENTATIONS", "backward", "check", "decide", "forward", "resolve"]
 
 IMPLEMENTATIONS = (
-    "auto", "static", "reference", "decomposed", "masked", "triton", "flex", "flex_flash",
+    "auto", "static", "reference", "decomposed", "masked", "triton", "flex", "flex_flash", "sage",
 )  # fmt: skip
 # Up to here nothing beats a single call with a mask; beyond the second, it never wins.
 TINY_SEQ = 128
@@ -28,7 +35,7 @@ Arguments = tuple[
 ]
 
 
-def check(impl: str, q: Tensor, geometry: Geometry) -> None:
+def check(impl: str, q: Tensor, geometry: Geometry, attn_mask: Tensor | None = None) -> None:
     """Check that an implementation can run on tensors like these; their values do not matter.
 
     Raises:
@@ -38,6 +45,8 @@ def check(impl: str, q: Tensor, geometry: Geometry) -> None:
     _require_name(impl)  # "auto" and "static" choose what can run
     if impl == "masked":
         masked.check(geometry)
+    if impl == "sage":
+        sage.check(q, attn_mask)
     if impl in ("flex", "flex_flash"):
         from evdit_opt.kernels import flex
 
@@ -153,6 +162,10 @@ def backward(
         MaskError: if there is no such implementation.
         UnsupportedInputError: if it cannot run on these tensors.
     """
+    if impl == "sage":
+        raise UnsupportedInputError(
+            "expected no gradients for impl='sage', which has none; use impl='auto' or no_grad()"
+        )
     arguments = (q, k, v, attn_mask, intervals, log_weights, geometry, scale)
 
     def run(name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,6 +199,8 @@ def _run(impl: str, arguments: Arguments) -> tuple[Tensor, Tensor]:
         return reference.forward(*arguments)
     if impl == "masked":
         return masked.forward(*arguments)
+    if impl == "sage":
+        return decomposed.forward(*arguments, sage.attend)
     if impl == "triton":
         from evdit_opt.kernels import triton_forward
 

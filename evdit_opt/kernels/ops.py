@@ -114,7 +114,7 @@ def _check(
     """What can be said about a call without its values, when it runs and when it is traced."""
     check_inputs(q, k, v, attn_mask, geometry)
     check_segments(intervals, log_weights, int(geometry.frames))
-    dispatch.check(impl, q, geometry)
+    dispatch.check(impl, q, geometry, attn_mask)
 
 
 @torch.library.custom_op(
