@@ -34,6 +34,11 @@ from evdit_opt.passes.video_input import video_input
 
 __all__ = ["AttentionSite", "Sites", "classify", "classify_eager", "find_attention"]
 
+NAMELESS = (
+    "its module is unknown, Dynamo lost the name (of an exported model there is none to begin "
+    "with: make the plan on the model itself)"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSite:
@@ -192,7 +197,7 @@ def _classify_call(
     shared = common_origin(origins)
     reason = (
         unsupported(attention)
-        or ("its module is unknown, Dynamo lost the name" if not layer else "")
+        or ("" if layer else NAMELESS)
         or _not_self(attention, origins, shared)
         or _not_video(shared, videos)
         or _folded(q, batch, origins[0], shared)
@@ -316,13 +321,15 @@ def _leave_flex(node: fx.Node, names: Mapping[int, str] | None) -> AttentionSite
     )
 
 
-def _leave_spelled(softmax: fx.Node, names: Mapping[int, str] | None) -> AttentionSite:
-    *batch, queries, keys = (_known(size) for size in value_of(softmax).shape)
+def _leave_spelled(node: fx.Node, names: Mapping[int, str] | None) -> AttentionSite:
+    value = value_of(node)  # weights [batch, (heads,) queries, keys]; several results of a call
+    shape = value.shape if isinstance(value, torch.Tensor) else (None,) * 4
+    *batch, queries, keys = map(_known, shape)
     heads = batch[1] if len(batch) > 1 else None
     return AttentionSite(
-        name=layer_fqn(softmax, names) or "",
+        name=layer_fqn(node, names) or "",
         is_site=False,
-        reason=softmax.meta[LEFT_ALONE],
+        reason=node.meta[LEFT_ALONE],
         q_len=queries,
         kv_len=keys,
         batch=batch[0],
@@ -334,7 +341,7 @@ def _leave_spelled(softmax: fx.Node, names: Mapping[int, str] | None) -> Attenti
     )
 
 
-def _known(size: int | torch.SymInt) -> int | None:
-    if isinstance(size, torch.SymInt) and not size.node.has_hint():
+def _known(size: int | torch.SymInt | None) -> int | None:
+    if size is None or (isinstance(size, torch.SymInt) and not size.node.has_hint()):
         return None
     return int(size)

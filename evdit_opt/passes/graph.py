@@ -39,7 +39,7 @@ __all__ = [
 SDPA = F.scaled_dot_product_attention
 
 LEFT_ALONE = "evdit_left_alone"
-"""Key in the metadata of a softmax that is attention no site can have; its value says why."""
+"""Key in the metadata of a softmax, or of a call that attends, which no site can have: says why."""
 
 IN_PLACE = frozenset("iadd iand imul ior isub itruediv ixor setitem".split())
 NOT_IN_PLACE = frozenset("and_ is_ not_ or_".split())

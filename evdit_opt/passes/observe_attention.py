@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from evdit_opt.errors import AlreadyOptimizedError
 from evdit_opt.passes.canonicalize_attention import canonicalize_attention
@@ -158,14 +159,15 @@ def mute_attention(gm: fx.GraphModule) -> None:
     before:  out = scaled_dot_product_attention(q, k, v)
     after:   out = zeros of the same shape
 
-    So are the weights of attention that is spelled out and could not be written as SDPA.
+    So are the weights of attention that is spelled out and could not be written as SDPA, and all
+    results of a call that could not.
     """
     for body in subgraphs(gm):
-        for softmax in [node for node in body.graph.nodes if LEFT_ALONE in node.meta]:
-            with body.graph.inserting_after(softmax):
-                silence = body.graph.call_function(torch.zeros_like, (softmax,))
-            softmax.replace_all_uses_with(silence)
-            silence.args = (softmax,)
+        for left in [node for node in body.graph.nodes if LEFT_ALONE in node.meta]:
+            with body.graph.inserting_after(left):
+                silence = body.graph.call_function(_zeros_like, (left,))
+            left.replace_all_uses_with(silence)
+            silence.args = (left,)
         for call in attention_calls(body.graph):
             attention = read_attention(call)
             with body.graph.inserting_before(call):
@@ -173,6 +175,10 @@ def mute_attention(gm: fx.GraphModule) -> None:
             call.replace_all_uses_with(silence)
             body.graph.erase_node(call)
         body.recompile()
+
+
+def _zeros_like(results: Any) -> Any:
+    return tree_map_only(Tensor, torch.zeros_like, results)
 
 
 def _silence(q: Tensor, v: Tensor) -> Tensor:

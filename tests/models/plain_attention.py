@@ -107,6 +107,15 @@ class PackedModule(nn.Module):
         return self.attention(x, context, context, attn_mask=self.bias)[0]
 
 
+class LooksAtModuleWeights(PackedModule):
+    """The same, and somebody reads them."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        out, weights = self.attention(x, context, context)
+        return out + weights.amax(-1, keepdim=True)
+
+
 class BareModule(nn.MultiheadAttention):
     """``nn.MultiheadAttention`` itself in the block, handed its input three times."""
 

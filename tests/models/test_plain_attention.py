@@ -21,6 +21,7 @@ from tests.models.plain_attention import (
     Causal,
     Einsum,
     HeadsInTheBatch,
+    LooksAtModuleWeights,
     LooksAtWeights,
     Matmul,
     PackedModule,
@@ -40,7 +41,7 @@ def build(flavour: Flavour) -> ToyDiT:
 
 
 def sites(flavour: Flavour) -> tuple[str, ...]:
-    inner = ".attention" if flavour is PackedModule else ""
+    inner = ".attention" if flavour in (PackedModule, LooksAtModuleWeights) else ""
     return tuple(f"{name}{inner}" for name in toy_rules())
 
 
@@ -146,6 +147,7 @@ def test_from_calibration_to_a_sparse_model(flavour: Flavour) -> None:
     ("flavour", "train", "reason"),
     [
         (LooksAtWeights, False, "attention weights are used elsewhere"),
+        (LooksAtModuleWeights, False, "attention weights are used elsewhere"),
         (Causal, False, "hide different keys from different queries"),
         (Einsum, True, r"dropout 0\.1"),
     ],

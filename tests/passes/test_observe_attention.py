@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from evdit_opt.apply import apply_plan
 from evdit_opt.errors import AlreadyOptimizedError, PlanMismatchError
 from evdit_opt.passes.observe_attention import observe
+from tests.models.plain_attention import LooksAtModuleWeights
 from tests.models.toy_dit import ToyDiT, make_plan, toy, toy_inputs, toy_rules
 
 
@@ -88,8 +89,13 @@ class ReturnsWeights(ToyDiT):
         return x + weights @ x + weights @ (2 * x)
 
 
-def test_attention_that_is_left_alone_is_muted_too() -> None:
-    model, inputs = ReturnsWeights(1).eval(), toy_inputs()
+@pytest.mark.parametrize(
+    "model",
+    [ReturnsWeights(1), ToyDiT(1, attention=LooksAtModuleWeights)],
+    ids=["softmax", "nn.MultiheadAttention"],
+)
+def test_attention_that_is_left_alone_is_muted_too(model: ToyDiT) -> None:
+    model, inputs = model.eval(), toy_inputs()
     with torch.no_grad(), observe(model, (), lambda *_: None, mute=True):
         before = model(**inputs)
         inputs["hidden_states"][:, :, 0, 0, 0] += 1
