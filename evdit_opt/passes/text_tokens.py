@@ -30,8 +30,8 @@ def text_tokens(
     """Tokens before and after the video, as numbers or nodes.
 
     What is longer than the video is text, and lies where it lay in calibration. With text on both
-    sides their sum must be as calibrated, or the module itself must join its parts where the video
-    began or ended then: what comes after the video may then be of any length.
+    sides the module itself must join its parts where the video began or ended then, and what comes
+    after the video may be of any length; or it joins nothing, and the sum must be as calibrated.
 
     Args:
         graph: edited at its insertion point, where lengths are symbolic.
@@ -48,11 +48,11 @@ def text_tokens(
     video = frames * value_of(tokens)
     text = length - video
     if spec.prefix and spec.suffix:
-        if _equal(text, spec.prefix + spec.suffix):
-            return spec.prefix, spec.suffix
-        ends = (spec.prefix, spec.prefix + video)
-        if any(_equal(seam, end) for seam in _seams(q) for end in ends):
+        seams, ends = list(_seams(q)), (spec.prefix, spec.prefix + video)
+        if any(_equal(seam, end) for seam in seams for end in ends):
             return spec.prefix, _rest(graph, q, frames, tokens, spec.prefix)
+        if not seams and _equal(text, spec.prefix + spec.suffix):
+            return spec.prefix, spec.suffix
     elif not spec.prefix and not spec.suffix:
         if _equal(text, 0):
             return 0, 0

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from evdit_opt.errors import LayoutError
 from evdit_opt.grid import TokenLayout, VideoGrid
 from evdit_opt.passes.find_attention import find_attention
-from evdit_opt.passes.infer_layout import InferredLayout, infer_layout
+from evdit_opt.passes.infer_layout import InferredLayout, _corners, _place, infer_layout
 from tests.models.toy_dit import GRID, SOURCE, ToyDiT, toy_inputs
 
 
@@ -37,6 +39,19 @@ class Sandwich(ToyDiT):
         x = self.embed(hidden_states).flatten(2).transpose(1, 2)
         context = self.text(text)
         return self.blocks[0].attn1(torch.cat([context[:, :2], x, context[:, 2:]], 1))
+
+
+class Between(ToyDiT):
+    """The video between any numbers of other tokens."""
+
+    def __init__(self, before: int, behind: int) -> None:
+        super().__init__(1)
+        self.parts = [before, behind]
+
+    def forward(self, hidden_states: Tensor, text: Tensor) -> Tensor:
+        x = self.embed(hidden_states).flatten(2).transpose(1, 2)
+        before, behind = self.text(text).split(self.parts, 1)
+        return self.blocks[0].attn1(torch.cat([before, x, behind], 1))
 
 
 class Twice(ToyDiT):
@@ -85,6 +100,40 @@ def test_every_layer_is_proven(breaks: bool) -> None:
 
 def test_text_on_both_sides() -> None:
     assert dict(infer(Sandwich()).layouts) == {"blocks.0.attn1": TokenLayout(GRID, 2, 3)}
+
+
+FRAME = GRID.tokens_per_frame
+
+
+@pytest.mark.parametrize(
+    ("before", "behind"),
+    [(1, 0), (0, 1), (1, 1), (FRAME, 0), (0, FRAME), (FRAME - 1, FRAME + 1), (13, 7),
+     (GRID.tokens, 0), (0, GRID.tokens), (GRID.tokens, GRID.tokens)],
+)  # fmt: skip
+def test_text_of_odd_lengths_on_either_side(before: int, behind: int) -> None:
+    found = infer(Between(before, behind), text=before + behind)
+    assert dict(found.layouts) == {"blocks.0.attn1": TokenLayout(GRID, before, behind)}
+    assert dict(found.evidence) == {"blocks.0.attn1": "probe"}
+
+
+size = st.integers(1, 7)
+
+
+@given(size, size, size, st.integers(0, 50), st.integers(0, 50), st.permutations(range(3)))
+def test_only_a_frame_major_order_is_placed(
+    frames: int, height: int, width: int, prefix: int, suffix: int, order: list[int]
+) -> None:
+    grid = VideoGrid(frames, height, width)
+    tokens = torch.arange(grid.tokens).view(frames, height, width)
+    # Where each token lies in a sequence whose outermost axis is order[0].
+    lies = torch.empty(grid.tokens, dtype=torch.long)
+    lies[tokens.permute(order).flatten()] = torch.arange(grid.tokens)
+    moved = [(prefix + int(lies[tokens[corner]]),) for corner in _corners(grid)]
+    verdict = _place(moved, prefix + suffix, grid)
+    if torch.equal(lies, torch.arange(grid.tokens)):
+        assert verdict == (prefix, "probe")
+    else:
+        assert isinstance(verdict, str)
 
 
 def test_of_two_copies_the_first_counts() -> None:

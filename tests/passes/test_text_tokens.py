@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -41,12 +43,62 @@ def test_text_of_any_length_joined_behind_the_video(text: int) -> None:
 
 @pytest.mark.parametrize(
     "parts",
-    [(HISTORY + VIDEO + 30,), (HISTORY + 1 + VIDEO, 30), (30, VIDEO + TEXT), (VIDEO, HISTORY + 30)],
-    ids=["not-joined", "more-history", "as-long", "elsewhere"],
+    [
+        (HISTORY + VIDEO + 30,),
+        (HISTORY + 1 + VIDEO, 30),
+        (30, VIDEO + TEXT),
+        (VIDEO, HISTORY + 30),
+        (HISTORY + 1, VIDEO, TEXT - 1),
+    ],
+    ids=["not-joined", "more-history", "as-long", "elsewhere", "same-sum"],
 )
 def test_where_it_cannot_be_known_is_an_error(parts: tuple[int, ...]) -> None:
     with pytest.raises(LayoutError, match=r"blocks\.0.*after 5 and before 7"):
         place(*joined(*parts))
+
+
+sizes = st.integers(1, 9)
+text = st.integers(0, 40)
+
+
+@given(
+    frames=sizes,
+    tokens=sizes,
+    prefix=text,
+    suffix=text,
+    more=st.integers(-9, 60),
+    fit=st.booleans(),
+)
+def test_a_sequence_of_any_length_is_placed_as_calibrated_or_refused(
+    frames: int, tokens: int, prefix: int, suffix: int, more: int, fit: bool
+) -> None:
+    found = prefix + suffix if fit else more
+    length = max(0, frames * tokens + found)
+    found = length - frames * tokens
+    build = GraphBuilder()
+    q = build.input("l_q_", 1, 2, length, 8)
+    spec = SiteSpec(Rule(1), prefix, suffix)
+    both, neither = bool(prefix and suffix), not prefix and not suffix
+    if found < 0 or (both and found != prefix + suffix) or (neither and found):
+        with pytest.raises(LayoutError):
+            text_tokens(build.graph, q, frames, tokens, spec, "blocks.0")
+        return
+    expected = (prefix, suffix) if both else (found, 0) if prefix else (0, found)
+    assert text_tokens(build.graph, q, frames, tokens, spec, "blocks.0") == expected
+
+
+@given(prefix=sizes, suffix=sizes, before=sizes, behind=st.integers(1, 40))
+def test_what_the_module_joins_is_never_misplaced(
+    prefix: int, suffix: int, before: int, behind: int
+) -> None:
+    spec = SiteSpec(Rule(1), prefix, suffix)
+    for parts in ((before, VIDEO, behind), (before + VIDEO, behind), (before, VIDEO + behind)):
+        build, q = joined(*parts)
+        if before == prefix:
+            assert place(build, q, spec) == (before, behind)
+        elif VIDEO + before != prefix:
+            with pytest.raises(LayoutError):
+                place(build, q, spec)
 
 
 def test_what_another_module_joined_does_not_count() -> None:
