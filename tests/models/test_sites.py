@@ -1,27 +1,45 @@
 """Every video transformer of diffusers: which layers are found, and where their tokens lie."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from evdit_opt.calibrate.survey import survey_attention
 from evdit_opt.errors import LayoutError, NoVideoAttentionError
 from evdit_opt.models import as_denoiser
-from tests.models.case import Case, Shape, random_shape
+from tests.models.case import Case, Shape
+from tests.models.detection import SHAPES, detection
 from tests.models.small_models import BY_NAME, CASES
 
-SHAPES = {"usual": Shape(), **{f"random{seed}": random_shape(seed) for seed in (1, 2, 3)}}
+RESULTS = Path(__file__).parents[2] / "benchmarks/results/cpu/models.json"
+RECORDED = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+"""What docs/models.md says."""
 
 # Where convolutions mix tokens before the first attention, only the length can be checked.
 MIXES_EARLY = {"sana_wm"}
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+# Four times the same would be most of the time that all tests of models take.
+shapes = pytest.mark.parametrize(
+    ("size", "shape"),
+    [
+        pytest.param(name, shape, id=name, marks=[] if name == "usual" else pytest.mark.nightly)
+        for name, shape in SHAPES.items()
+    ],
+)
+
+
+@shapes
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_expected_sites_are_found_and_no_others(case: Case, shape: Shape) -> None:
+def test_expected_sites_are_found_and_no_others(case: Case, size: str, shape: Shape) -> None:
+    recorded = RECORDED[case.name]["detection"][size]
     model, call = case.model(shape), case.inputs(shape)
     denoiser = as_denoiser(model, [call])
     if case.refused:
-        with pytest.raises((NoVideoAttentionError, LayoutError), match=case.refused):
+        with pytest.raises((NoVideoAttentionError, LayoutError), match=case.refused) as caught:
             survey_attention(denoiser)
+        assert detection(case, shape, caught.value) == recorded
         return
     grid = shape.grid if case.source is None else None
     found = survey_attention(denoiser, grid)
@@ -32,6 +50,7 @@ def test_expected_sites_are_found_and_no_others(case: Case, shape: Shape) -> Non
     assert all(found.refused.values()), "every attention left alone has a reason"
     evidence = "length" if case.name in MIXES_EARLY else "probe"
     assert set(found.evidence.values()) == {evidence}
+    assert detection(case, shape, found) == recorded, "run benchmarks/models/measure_models.py"
 
 
 @pytest.mark.parametrize("name", ["minimax_h3", "sana_wm_refiner"])
