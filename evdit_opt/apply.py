@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
-from evdit_opt.backend import Inner, Options, compile_graph
+from evdit_opt.backend import Options, compile_graph
 from evdit_opt.errors import AlreadyOptimizedError, PlanMismatchError, UnsupportedInputError
+from evdit_opt.inner import Inner
 from evdit_opt.kernels import autotune
 from evdit_opt.passes.capture import restore_call
 from evdit_opt.passes.decide_site import SiteOutcome

@@ -13,6 +13,7 @@ from torch import fx
 
 from evdit_opt.errors import UnsupportedInputError
 from evdit_opt.grid import TokenLayout, VideoGrid
+from evdit_opt.inner import Inner, inner_name, wrong_inner
 from evdit_opt.passes.canonicalize_attention import canonicalize_attention
 from evdit_opt.passes.decide_site import SiteOutcome
 from evdit_opt.passes.graph import copy_graph, subgraphs
@@ -28,8 +29,6 @@ __all__ = ["Options", "compile_graph", "evdit", "source_hash"]
 
 logger = logging.getLogger(__name__)
 
-Inner = str | Callable[..., Any]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -37,11 +36,14 @@ class Options:
 
     Attributes:
         plan: the plan, or the path of one; None: the model stays dense.
-        inner: what compiles the rewritten graph: "inductor", "eager", "aot_eager", any other Dynamo
-            backend by name, or a callable.
+        inner: what compiles the rewritten graph: "inductor", "eager", "aot_eager", "tensorrt", any
+            other Dynamo backend by name, or a callable ``(graph module, example inputs)``.
         inductor: Inductor options, as ``torch.compile`` takes them for its own backend.
         impl: implementation of the sparse attention.
         layout: the grid, where it cannot be read from the graph.
+
+    Raises:
+        UnsupportedInputError: if ``inner`` is none of these, or not installed.
     """
 
     plan: Plan | str | PathLike[str] | None = None
@@ -49,6 +51,11 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
     impl: str = "auto"
     layout: TokenLayout | VideoGrid | None = None
+
+    def __post_init__(self) -> None:
+        problem = wrong_inner(self.inner)
+        if problem:
+            raise UnsupportedInputError(problem)
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None) -> "Options":
@@ -75,11 +82,7 @@ class Options:
     @property
     def inner_name(self) -> str:
         """The inner backend, for people."""
-        return (
-            self.inner
-            if isinstance(self.inner, str)
-            else getattr(self.inner, "__name__", "callable")
-        )
+        return inner_name(self.inner)
 
 
 @dataclass
@@ -209,6 +212,10 @@ def _compile_inner(
 ) -> Callable[..., Any]:
     if callable(options.inner):
         return options.inner(gm, example_inputs)  # type: ignore[no-any-return]
+    if options.inner == "tensorrt":
+        from evdit_opt.export.tensorrt import tensorrt
+
+        return tensorrt(gm, example_inputs)
     if options.inner == "eager":
         return gm.forward  # type: ignore[no-any-return]
     if options.inner == "inductor":

@@ -8,6 +8,7 @@ from typing import Any
 
 from evdit_opt.errors import CalibrationError
 from evdit_opt.grid import VideoGrid
+from evdit_opt.inner import Inner, wrong_inner
 from evdit_opt.kernels.dispatch import IMPLEMENTATIONS
 from evdit_opt.masks import Spacing, Weighting
 from evdit_opt.quality import QualityReport
@@ -52,7 +53,8 @@ class Config:
             blocks are compiled one by one, and gives up after 8.
         grid: latent grid of the calibration calls, in tokens, for models that take tokens and are
             not told num_frames, height and width. The plan then fits clips of this size only.
-        inner: torch.compile backend that compiles the rewritten graph.
+        inner: what compiles the rewritten graph: "inductor", "eager", "aot_eager", "tensorrt", any
+            other backend of torch.compile by name, or a callable.
         impl: implementation of tile attention, see ``evdit_opt.tile_attention``.
         progress: show progress bars on stderr.
         pipe_kwargs: further arguments of every call of a pipeline: num_frames, height, width,
@@ -81,7 +83,7 @@ class Config:
     max_flicker_ratio: float | None = None
     max_distinct_rules: int = 6
     grid: VideoGrid | None = None
-    inner: str = "inductor"
+    inner: Inner = "inductor"
     impl: str = "auto"
     progress: bool = True
     pipe_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -114,8 +116,8 @@ class Config:
         if self.max_flicker_ratio is not None:
             _require_number("max_flicker_ratio", self.max_flicker_ratio, 0.0)
         _require_one_of("impl", self.impl, IMPLEMENTATIONS)
-        if not isinstance(self.inner, str) or not self.inner:
-            raise _wrong("inner", "the name of a torch.compile backend", self.inner)
+        if problem := wrong_inner(self.inner, "Config.inner"):
+            raise CalibrationError(problem)
         if not isinstance(self.grid, (VideoGrid, NoneType)):
             raise _wrong("grid", "a VideoGrid", self.grid)
         for name in ("progress", "reuse"):

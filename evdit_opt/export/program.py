@@ -22,7 +22,7 @@ from evdit_opt.passes.stand_in import settle
 from evdit_opt.passes.swap_attention import swap_attention
 from evdit_opt.plan import Plan
 
-__all__ = ["export_program"]
+__all__ = ["ATEN_SDPA", "export_program"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,6 @@ def export_program(
     model = denoiser_of(target)
     kind = type(model).__name__
     with _applied(model, plan, impl) as applied:
-        _require_exportable(applied)
         gm = _trace(model, kwargs, kind).module()
         assert isinstance(gm, fx.GraphModule)
         in_graphs = _rewrite(gm, apply.report(model).impl)
@@ -90,6 +89,7 @@ def _applied(model: nn.Module, plan: Plan | None, impl: str) -> Iterator[Plan]:
                 f"expected a {type(model).__name__} without a plan or with the one given, another "
                 "is applied; call evdit_opt.restore(model) first"
             )
+        _require_exportable(there)
         yield there
         return
     if plan is None:
@@ -97,6 +97,7 @@ def _applied(model: nn.Module, plan: Plan | None, impl: str) -> Iterator[Plan]:
             f"expected a plan or a {type(model).__name__} with one applied, got neither; make one "
             "with evdit_opt.make_plan, or use torch.export.export for the dense model"
         )
+    _require_exportable(plan)
     api.apply_plan(model, plan, inner="eager", impl=impl)
     try:
         yield plan
@@ -113,7 +114,8 @@ def _require_exportable(plan: Plan) -> None:
     if plan.reuse is not None:
         raise PlanMismatchError(
             "expected a plan without residual reuse, which keeps tensors from step to step outside "
-            "of the graph; export dataclasses.replace(plan, reuse=None)"
+            "of the graph; make one with Config(reuse=False), or pass dataclasses.replace(plan, "
+            "reuse=None)"
         )
 
 

@@ -10,13 +10,16 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from evdit_opt.errors import UnsupportedInputError
-from evdit_opt.export.program import export_program
+from evdit_opt.export.program import ATEN_SDPA, export_program
 from evdit_opt.plan import Plan
 
 __all__ = ["OPSET", "export_onnx", "require_packages", "write_onnx"]
 
 OPSET = 18
 """The version of the operator set that is written by default: old enough for most runtimes."""
+
+ATTENTION_OPSET = 23
+"""From here on attention is one operator."""
 
 
 def export_onnx(
@@ -67,6 +70,8 @@ def write_onnx(
     """
     require_packages()
     program = program.run_decompositions(WITHOUT_BOOLEAN_WHERE)
+    if opset >= ATTENTION_OPSET:
+        _widen_masks(program)
     try:
         converted = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
     except torch.onnx.OnnxExporterError as error:
@@ -91,6 +96,24 @@ def write_onnx(
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
     converted.save(path, external_data=external_data)
     return path
+
+
+def _widen_masks(program: ExportedProgram) -> None:
+    """Give every attention a mask with a row per query, where it has one row for all.
+
+    The standard lets a mask broadcast to the logits, onnxruntime's ``Attention`` takes no such one.
+    """
+    graph = program.graph
+    for node in graph.find_nodes(op="call_function", target=ATEN_SDPA):
+        q, mask = node.args[0], node.args[3] if len(node.args) > 3 else None
+        if mask is None or mask.meta["val"].shape[-2] == q.meta["val"].shape[-2]:
+            continue
+        shape = [*mask.meta["val"].shape[:-2], q.meta["val"].shape[-2], mask.meta["val"].shape[-1]]
+        with graph.inserting_before(node):
+            wide = graph.call_function(torch.ops.aten.expand.default, (mask, shape))
+        wide.meta["val"] = mask.meta["val"].expand(shape)
+        node.update_arg(3, wide)
+    program.graph_module.recompile()
 
 
 def require_packages() -> None:

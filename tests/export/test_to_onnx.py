@@ -60,7 +60,7 @@ def test_onnxruntime_computes_the_same(kind: str, layers: int, tmp_path: Path) -
 
 
 def test_operator_set_23_has_an_attention_of_its_own(tmp_path: Path) -> None:
-    given = planned_toy()
+    given = weighted(planned_toy())  # weights are a mask with one row
     path = export_onnx(given.model, given.call, tmp_path / "toy.onnx", given.plan, opset=23)
     assert "Attention" in {node.op_type for node in onnx.load(path).graph.node}
     assert __file__.encode() not in path.read_bytes(), "the file tells where it was made"
