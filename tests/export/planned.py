@@ -10,8 +10,8 @@ from evdit_opt.apply import apply_plan, restore
 from evdit_opt.models import config_hash
 from evdit_opt.plan import Plan
 from tests.models.case import Shape
+from tests.models.comparison import plan_of
 from tests.models.small_models import BY_NAME
-from tests.models.test_numbers import plan_of
 from tests.models.toy_dit import make_plan, toy, toy_inputs, toy_rules
 
 
