@@ -31,7 +31,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, 
 
 # Queries of a block on a CPU: enough for the flash kernel's large query tiles (from 768 queries),
 # few enough for its partial results to stay in the cache.
-CPU_BLOCK_QUERIES = 1600
+CPU_BLOCK_QUERIES = 2048
 
 
 def rows_per_block(geometry: Geometry, device_type: str) -> int:
