@@ -40,3 +40,22 @@ def test_what_the_suite_writes_becomes_tables(tmp_path: Path) -> None:
     assert text.count("#### tiny without text") == 2  # forward, and with backward
     assert "**A stack of 2 blocks**" in text
     assert "| tiny | 1:4 | 3.00 |" in text
+
+
+def test_the_recorded_cpu_run_is_as_fast_and_small_as_it_should_be() -> None:
+    """Ratios to two digits, as the page prints them; of a recording, so nothing here is timed."""
+    path = ROOT / "benchmarks/results/cpu/tile_attention.json"
+    report = {name: part["rows"] for name, part in json.loads(path.read_text()).items()}
+    for name, limit in (("main", 1.05), ("main, 2 threads", 1.15)):
+        for row in report[name]:
+            assert round(row["results"]["decomposed"]["of_ideal"], 2) <= limit, row["rule"]
+    for row in report["main"]:
+        own, flex = row["results"]["decomposed"], row["results"]["flex"]
+        assert flex["min_ms"] >= 1.2 * own["min_ms"], row["rule"]
+    assert all(row["exponent"] <= 1.1 for row in report["growth"])
+    assert all(row["of_dense"] <= 1.3 for row in report["memory"])
+    for row in report["small"]:
+        times = row["min_ms"]
+        assert row["auto_over_own"] <= 1.1, row  # between two short calls 10% is noise
+        kind = " compiled" if "auto compiled" in times else ""
+        assert times[f"auto{kind}"] <= 1.05 * times[f"masked SDPA{kind}"], row
