@@ -11,6 +11,8 @@ The speedup is that of the fastest sparse file over the fastest dense one.
 """
 
 import argparse
+import json
+import re
 import statistics
 import sys
 from dataclasses import dataclass
@@ -34,9 +36,9 @@ from evdit_opt.plan import CalibrationRecord, Plan, SiteLayout, SitePlan
 
 GRID = VideoGrid(17, 16, 25)  # 17 frames of 400 tokens
 HEADS, HEAD_DIM, TEXT = 2, 64, 64
-OPSETS = (18, 23)
 RULES = (Rule(2, weighting="balanced"), Rule(1, window=1))
 CLOSE = 1e-4  # largest relative error of float32, in the norm of the output
+PAGE = Path(__file__).parents[1] / "docs/export.md"
 OUTPUT = Path("benchmarks/results/cpu/onnx.json")
 
 
@@ -148,7 +150,7 @@ def models() -> dict[str, Model]:
     return {"wan": wan, "cogvideox": cogvideox, "hunyuan": hunyuan}
 
 
-def write(name: str, given: Model, folder: Path) -> None:
+def write(name: str, given: Model, folder: Path, opsets: list[int]) -> None:
     """Export one model, with its inputs and what PyTorch computes from them."""
     model = given.build()
     plan = given.plan(model)
@@ -162,14 +164,16 @@ def write(name: str, given: Model, folder: Path) -> None:
         sparse = model(**given.call)[0]
         restore(model)
     for what, program in programs.items():
-        for opset in OPSETS:
+        for opset in opsets:
             write_onnx(program, folder / f"{name}-{what}-{opset}.onnx", opset=opset)
     inputs = {k: v.numpy() for k, v in given.call.items() if isinstance(v, torch.Tensor)}
     np.savez(folder / f"{name}.npz", dense_output=dense, sparse_output=sparse, **inputs)
     plan.save(folder / f"{name}.evdit.json")
 
 
-def measure(name: str, folder: Path, rounds: int, threads: int) -> dict[str, Any]:
+def measure(
+    name: str, folder: Path, opsets: list[int], rounds: int, threads: int
+) -> dict[str, Any]:
     """Time one model's files in turn; those that onnxruntime does not run are named."""
     import onnxruntime
     from onnxruntime.capi.onnxruntime_pybind11_state import Fail
@@ -181,7 +185,7 @@ def measure(name: str, folder: Path, rounds: int, threads: int) -> dict[str, Any
     options.log_severity_level = 4
     running, errors, refused = {}, {}, {}
     for what in outputs:
-        for opset in OPSETS:
+        for opset in opsets:
             key, path = f"{what}, opset {opset}", folder / f"{name}-{what}-{opset}.onnx"
             session = onnxruntime.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
@@ -213,19 +217,53 @@ def measure(name: str, folder: Path, rounds: int, threads: int) -> dict[str, Any
     }
 
 
+def quote(page: str, results: Path) -> str:
+    """The page with its table made anew: no number there is typed by hand."""
+    content = json.loads(results.read_text(encoding="utf-8"))
+    facts = content["environment"]
+    lines = ["| model | density | dense, ms | sparse, ms | speedup |", "|---|---|---|---|---|"]
+    for row in content["rows"].values():
+        dense, sparse = (
+            ", ".join(
+                f"{ms:.0f} ({key.split(', ')[1]})"
+                for key, ms in row["median_ms"].items()
+                if key.startswith(what)
+            )
+            for what in ("dense", "sparse")
+        )
+        lines.append(
+            f"| {row['model']} | {row['density']:.2f} | {dense} | {sparse} | "
+            f"{row['speedup']:.2f}x |"
+        )
+    lines += [
+        "",
+        f"{facts['frames']} frames of {facts['tokens_per_frame']} tokens, {facts['heads']} heads x "
+        f"{facts['head_dim']}, two sites, float32, {facts['threads']} CPU threads, onnxruntime "
+        f"{facts['onnxruntime']}; medians of {facts['rounds']} interleaved runs. The speedup is "
+        "that over the fastest dense file.",
+    ]
+    block = re.compile(r"(<!-- onnx: .*? -->\n).*?(<!-- /onnx -->)", re.DOTALL)
+    return block.sub(lambda found: found[1] + "\n".join(lines) + "\n" + found[2], page)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=("write", "measure"))
+    parser.add_argument("action", choices=("write", "measure", "quote"))
     parser.add_argument("--folder", type=Path, default=Path("onnx-speed"), help="for the models")
     parser.add_argument("--models", nargs="*", default=list(models()))
+    parser.add_argument("--opsets", nargs="*", type=int, default=[18, 23])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     given = parser.parse_args()
+    if given.action == "quote":
+        quoted = quote(PAGE.read_text(encoding="utf-8"), given.output)
+        PAGE.write_text(quoted, encoding="utf-8")
+        return
     if given.action == "write":
         given.folder.mkdir(exist_ok=True)
         for name in given.models:
-            write(name, models()[name], given.folder)
+            write(name, models()[name], given.folder, given.opsets)
         return
     import onnxruntime
 
@@ -241,7 +279,7 @@ def main() -> None:
     }
     rows = Rows(given.output, facts)
     for name in given.models:
-        row = measure(name, given.folder, given.rounds, given.threads)
+        row = measure(name, given.folder, given.opsets, given.rounds, given.threads)
         rows.add(name, row)
         sys.stdout.write(f"{name}: {row['speedup']:.2f}x at density {row['density']:.2f}\n")
 
