@@ -8,6 +8,10 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 __all__ = ["with_source_key"]
 
 SLOT = "post_grad_custom_pre_pass"
+CACHEABLE = "unsafe_marked_cacheable_functions"
+INLINED = "evdit_opt.passes.inline_decomposed.tile_attention"
+"""The function that graphs call where attention is inlined: unless it is marked, AOT caches none of
+them, and traces each anew in every process."""
 
 
 class _SourceKey(CustomGraphPass):
@@ -30,4 +34,9 @@ def with_source_key(patches: dict[str, Any], source_hash: str) -> dict[str, Any]
     Generated code bakes in what the package does with a graph, but Inductor's key sees the graph
     only: without this, edited kernels were served stale code.
     """
-    return {**patches, SLOT: _SourceKey(source_hash, patches.get(SLOT))}
+    cacheable = {**patches.get(CACHEABLE, {}), INLINED: source_hash}
+    return {
+        **patches,
+        SLOT: _SourceKey(source_hash, patches.get(SLOT)),
+        CACHEABLE: cacheable,
+    }
