@@ -72,8 +72,8 @@ def as_denoiser(
             guidance_scale, negative_prompt, ...).
 
     Raises:
-        UnsupportedInputError: if target is neither, or holds two denoisers, or hooks load the
-            weights of its single layers.
+        UnsupportedInputError: if target is neither, or holds two denoisers, or hooks load or
+            cast the weights of its single layers.
         CalibrationError: if items is empty, or not of the kind the target needs.
     """
     given = (items,) if isinstance(items, str) else tuple(items)

@@ -25,9 +25,9 @@ class Running:
     2. In parts, once Dynamo cannot trace the model whole: offloading of whole models or blocks,
        step caches. Every planned site is still rewritten, or is an error.
     3. Outside of all graphs, where hooks load weights inside of the sites (sequential and leaf
-       level offload): a graph would hold a single linear layer, one graph per layer of the model.
-       The sites' attention is sparse, in scopes; the rest runs as it does without a plan. When
-       the hooks go, the model is compiled again.
+       level offload, layerwise casting): a graph would hold a single linear layer, one graph per
+       layer of the model. The sites' attention is sparse, in scopes; the rest runs as it does
+       without a plan. When the hooks go, the model is compiled again.
 
     A call that failed is made again from the start: a forward has no effects.
 
@@ -101,7 +101,7 @@ class Running:
         hook = hook_inside(self._root.sites)
         if not hook:
             return False
-        self._root.outside = f"{hook} loads the weights of single layers"
+        self._root.outside = f"{hook} loads or casts the weights of single layers"
         self._undo_scopes = marks_to_scopes(self._model, self._root, self._attend)
         logger.warning(
             "%s runs without torch.compile from now on, its sites sparse: %s. Offload whole models "

@@ -1,4 +1,4 @@
-"""Weights that hooks load: accelerate's and diffusers' offloading, with the CPU as accelerator."""
+"""Weights that hooks load or cast: accelerate's and diffusers', with the CPU as accelerator."""
 
 from collections.abc import Callable
 
@@ -42,10 +42,15 @@ def leaves(model: nn.Module) -> None:
     apply_group_offloading(model, CPU, CPU, "leaf_level")
 
 
-KINDS = {"whole": whole, "sequential": sequential, "blocks": blocks, "leaves": leaves}
-INSIDE = (sequential, leaves)
+def casting(model: nn.Module) -> None:
+    """Weights kept in another dtype than they compute in."""
+    model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+
+
+INSIDE = {"sequential": sequential, "leaves": leaves, "casting": casting}
+KINDS = {"whole": whole, "blocks": blocks, **INSIDE}
 kinds = pytest.mark.parametrize("offload", KINDS.values(), ids=KINDS)
-inside = pytest.mark.parametrize("offload", INSIDE, ids=["sequential", "leaves"])
+inside = pytest.mark.parametrize("offload", INSIDE.values(), ids=INSIDE)
 sdpa = torch.nn.functional.scaled_dot_product_attention
 Offload = Callable[[nn.Module], None]
 
@@ -57,8 +62,8 @@ def test_a_plan_for_an_offloaded_model(offload: Offload) -> None:
     pair.apply()
     pair.check()
     pair.check()
-    assert bool(report(pair.fast).outside) == (offload in INSIDE)
-    assert (pair.graphs == 0) == (offload in INSIDE)
+    assert bool(report(pair.fast).outside) == (offload in INSIDE.values())
+    assert (pair.graphs == 0) == (offload in INSIDE.values())
 
 
 @kinds
