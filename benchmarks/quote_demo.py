@@ -60,8 +60,8 @@ def demo_table(report: dict[str, Any]) -> str:
         "",
         f"{report['clips']} held-out prompts, {report['steps']} steps, no training, "
         f"{report['threads']} CPU threads, torch {versions['torch']}. Self-attention is "
-        f"{report['attention_share']:.0%} of a dense step; computing fewer tiles alone could make it "
-        f"{report['ideal_step_speedup']:.2f}x faster. evdit computes dense attention in "
+        f"{report['attention_share']:.0%} of a dense step; computing fewer tiles alone could "
+        f"make it {report['ideal_step_speedup']:.2f}x faster. evdit computes dense attention in "
         f"{report['refreshes']} of {report['steps']} steps and reuses what its masks drop in the "
         f"others; a site that drops everything needs no queries, keys and values there either. "
         f"Bars missed: {missed}.",

@@ -22,7 +22,7 @@ from evdit_opt.models import Item, as_denoiser
 from evdit_opt.plan import Plan
 from evdit_opt.quality import compare
 
-__all__ = ["make_plan"]
+__all__ = ["make_plan", "make_problem"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,13 +81,13 @@ def make_plan(target: object, calib: Iterable[Item], config: Config | None = Non
     searched_items = denoiser.items[:searched]
     with staged(denoiser, survey.layouts, survey.scoped) as stage:
         recording = record(stage, searched_items, config, survey.grid_source.input)
-        planner = Planner(drafter, recording, _problem(stage, recording, config))
+        planner = Planner(drafter, recording, make_problem(stage, recording, config))
         density = planner.density()
         kind, plan = _try(stage, planner, density, searched_items[: config.trial_prompts])
     return _verify(drafter, kind, plan, searched) if plan.rules else plan
 
 
-def _problem(stage: Stage, recording: Recording, config: Config) -> Problem:
+def make_problem(stage: Stage, recording: Recording, config: Config) -> Problem:
     """What the search of plans that reuse has to know."""
     gains = dict.fromkeys(recording.errors, 1.0)
     limit = 0

@@ -18,7 +18,15 @@ from evdit_opt.calibrate.schedule import best_refreshes
 from evdit_opt.calibrate.site_record import CandidateError, ReuseError
 from evdit_opt.masks import Rule
 
-__all__ = ["DENSE", "Found", "Option", "Problem", "cheapest_within", "search", "step_weights"]
+__all__ = [
+    "Found",
+    "Option",
+    "Problem",
+    "cheapest_within",
+    "search",
+    "site_options",
+    "step_weights",
+]
 
 ROUNDS = 4
 """Alternations of rules and schedule; the second already changes little."""
@@ -50,9 +58,6 @@ class Option:
     damage: float
     cost: float
     error: float
-
-
-DENSE = Option(None, False, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -191,7 +196,7 @@ def _neighbours(schedule: tuple[int, ...], steps: int) -> list[tuple[int, ...]]:
 def _at_schedule(problem: Problem, schedule: tuple[int, ...], pick: Pick) -> Found | None:
     """The best rules for a schedule; None if none fits, or none reuses."""
     lead, steps = schedule[0], len(problem.levels)
-    choice = _choose(problem, schedule, lead, pick)
+    choice = _choose(problem, schedule, pick)
     if choice is None or not any(option.reuses for option in choice.values()):
         return None
     damage = sum(option.damage for option in choice.values())
@@ -199,11 +204,9 @@ def _at_schedule(problem: Problem, schedule: tuple[int, ...], pick: Pick) -> Fou
     return Found(choice, schedule, damage, cost / steps / len(choice))
 
 
-def _choose(
-    problem: Problem, schedule: tuple[int, ...], lead: int, pick: Pick
-) -> dict[str, Option] | None:
+def _choose(problem: Problem, schedule: tuple[int, ...], pick: Pick) -> dict[str, Option] | None:
     """An option per site for a schedule, with few enough rules and residuals."""
-    options = {site: _options(problem, site, schedule, lead) for site in problem.errors}
+    options = {site: site_options(problem, site, schedule) for site in problem.errors}
     choice = pick(options)
     while choice is not None:
         narrowed = _few_rules(options, choice, problem.max_rules) or _few_residuals(
@@ -216,9 +219,9 @@ def _choose(
     return choice
 
 
-def _options(problem: Problem, site: str, schedule: tuple[int, ...], lead: int) -> list[Option]:
-    """Everything a site may do under a schedule."""
-    steps = len(problem.levels)
+def site_options(problem: Problem, site: str, schedule: tuple[int, ...]) -> list[Option]:
+    """Everything a site may do under a schedule; to stay dense comes first."""
+    steps, lead = len(problem.levels), schedule[0]
     span, gain = steps - lead, problem.gains[site]
     weights = step_weights(problem.levels)
     options = [Option(None, False, 0.0, float(span), 0.0)]
