@@ -122,7 +122,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with staged(denoiser, survey.layouts, survey.scoped) as stage:
         found = record(stage, prompts, config, survey.grid_source.input)
-        problem = make_problem(stage, found, config)
+        problem = make_problem(found, config, denoiser.model)
         planner = Planner(Drafter(denoiser, survey, config), found, problem)
         dense = [
             denoiser.run(prompt, SEED + n, arguments.steps) for n, prompt in enumerate(held_out)

@@ -9,7 +9,7 @@ from functools import partial
 
 from evdit_opt.calibrate.draft import Drafter
 from evdit_opt.calibrate.record import Recording
-from evdit_opt.calibrate.reuse_search import Found, Problem, cheapest_within, search
+from evdit_opt.calibrate.reuse_search import Found, Problem, cheapest_within, damage, search
 from evdit_opt.calibrate.search import (
     Choice,
     Errors,
@@ -137,9 +137,7 @@ class Planner:
 
     def _damage(self, choice: Choice) -> float:
         return sum(
-            self.problem.gains[site] * (own.output**2 + own.temporal**2)
-            for site, own in choice.items()
-            if own is not None
+            damage(own.output**2, own.temporal**2) for own in choice.values() if own is not None
         )
 
 

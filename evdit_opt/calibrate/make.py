@@ -9,7 +9,6 @@ import torch
 
 from evdit_opt.apply import is_optimized
 from evdit_opt.calibrate.draft import Drafter
-from evdit_opt.calibrate.gain import probe_gains
 from evdit_opt.calibrate.kinds import Kind, Planner
 from evdit_opt.calibrate.record import Recording, record
 from evdit_opt.calibrate.reuse_search import Problem
@@ -81,28 +80,25 @@ def make_plan(target: object, calib: Iterable[Item], config: Config | None = Non
     searched_items = denoiser.items[:searched]
     with staged(denoiser, survey.layouts, survey.scoped) as stage:
         recording = record(stage, searched_items, config, survey.grid_source.input)
-        planner = Planner(drafter, recording, make_problem(stage, recording, config))
+        planner = Planner(drafter, recording, make_problem(recording, config, denoiser.model))
         density = planner.density()
         kind, plan = _try(stage, planner, density, searched_items[: config.trial_prompts])
     return _verify(drafter, kind, plan, searched) if plan.rules else plan
 
 
-def make_problem(stage: Stage, recording: Recording, config: Config) -> Problem:
+def make_problem(recording: Recording, config: Config, model: torch.nn.Module) -> Problem:
     """What the search of plans that reuse has to know."""
-    gains = dict.fromkeys(recording.errors, 1.0)
     limit = 0
     if any(recording.reuse.values()):
-        gains |= probe_gains(stage, recording.calls, config.repeatable_impl)
         one = recording.branches * max(recording.residual_bytes.values())
-        limit = int(_memory(config, stage.denoiser.model) // one)
+        limit = int(_memory(config, model) // one)
         logger.info(
             "residuals take %.3f GiB a site (%d guidance branches): up to %d of %d sites may reuse",
-            one / GIB, recording.branches, limit, len(gains),
+            one / GIB, recording.branches, limit, len(recording.errors),
         )  # fmt: skip
     return Problem(
         errors=recording.errors,
         reuse=recording.reuse,
-        gains=gains,
         levels=recording.levels,
         max_reusing=limit,
         max_rules=config.max_distinct_rules,

@@ -21,8 +21,6 @@ __all__ = ["TIMESTEP", "Recording", "record"]
 TIMESTEP = "timestep"
 """The parameter of a denoiser's forward that holds the noise level, in all of diffusers."""
 
-PROBED_CALLS = 2
-
 
 @dataclass(frozen=True)
 class Recording:
@@ -35,7 +33,6 @@ class Recording:
         branches: guidance branches of a run: calls of the model per step.
         residual_bytes: per site, of one residual.
         mass: per site, share of attention by tile, ``[heads, frames, parts]``.
-        calls: arguments, by name, of some calls spread over the first run.
         results: what each dense run returned (see ``Denoiser.run``).
     """
 
@@ -45,7 +42,6 @@ class Recording:
     branches: int
     residual_bytes: Mapping[str, int]
     mass: Mapping[str, Tensor]
-    calls: Sequence[Mapping[str, Any]]
     results: Sequence[Tensor]
 
 
@@ -54,13 +50,11 @@ class _Steps:
 
     def __init__(self, video: str, timed: bool) -> None:
         self.generations = Generations(video, TIMESTEP) if timed else None
-        self.calls: list[Mapping[str, Any]] = []
         self.now: Generation | None = None
         self.levels: dict[int, float] = {}
         self.seen: set[int] = set()  # generations of this run
 
     def listen(self, arguments: Mapping[str, Any]) -> None:
-        self.calls.append(arguments)
         if self.generations is None:
             return
         self.now = self.generations.begin(arguments)
@@ -96,7 +90,6 @@ def record(stage: Stage, items: Sequence[Item], config: Config, video: str) -> R
         for number, (name, layout) in enumerate(stage.layouts.items())
     }
     steps = _Steps(video, timed)
-    calls: list[Mapping[str, Any]] = []
     residual_bytes: dict[str, int] = {}
 
     def measure(
@@ -116,8 +109,6 @@ def record(stage: Stage, items: Sequence[Item], config: Config, video: str) -> R
             for site in sites.values():
                 site.end_run()
             branches = max(branches, len(steps.seen))
-            calls = calls or [steps.calls[n] for n in _spread(PROBED_CALLS, len(steps.calls))]
-            steps.calls.clear()
             steps.seen.clear()
     unseen = [name for name, site in sites.items() if site.calls == 0]
     if unseen:
@@ -132,11 +123,5 @@ def record(stage: Stage, items: Sequence[Item], config: Config, video: str) -> R
         branches=branches,
         residual_bytes=residual_bytes,
         mass={name: site.mass() for name, site in sites.items()},
-        calls=calls,
         results=results,
     )
-
-
-def _spread(count: int, total: int) -> list[int]:
-    """The middles of ``count`` equal parts of ``0 .. total - 1``, each once."""
-    return sorted({(2 * n + 1) * total // (2 * count) for n in range(count)})

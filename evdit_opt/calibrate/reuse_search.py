@@ -1,15 +1,17 @@
 """Search plans that reuse residuals: which sites, which rule at each, and when to refresh.
 
-Damage is additive: over sites, and over steps, each step weighing as far as it moves the noise
-level. For a fixed schedule the choice per site is then separable, and the best one within a budget
-is found by dynamic programming; so is the best schedule for fixed rules (``schedule.py``). The two
-alternate, from two starts, for every number of refreshes.
+Damage is additive: over sites, all alike, and over steps, each weighing as the square of its noise
+level: what goes wrong early is carried on. How well this ranks plans, and what did not help, is in
+docs/notes/damage.md. For a fixed schedule the choice per site is then separable, and the best one
+within a budget is found by dynamic programming; so is the best schedule for fixed rules
+(``schedule.py``). The two alternate, from two starts, for every number of refreshes.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ __all__ = [
     "Option",
     "Problem",
     "cheapest_within",
+    "damage",
     "search",
     "site_options",
     "step_weights",
@@ -30,6 +33,10 @@ __all__ = [
 
 ROUNDS = 4
 """Alternations of rules and schedule; the second already changes little."""
+
+TEMPORAL = 0.1
+"""What the error from frame to frame counts beside that of the output. It is relative to changes
+that are small, so it is the larger number."""
 
 SMALLER = 1 - 1e-9
 """What damage must shrink by to count."""
@@ -84,7 +91,6 @@ class Problem:
     Attributes:
         errors: per site, of the rules that are applied in every step.
         reuse: per site, of the rules that reuse; empty where that is impossible.
-        gains: per site, what a squared relative error does to the output.
         levels: noise levels of the steps, descending.
         max_reusing: sites whose residuals fit the memory budget.
         max_rules: different rules a plan may hold.
@@ -92,7 +98,6 @@ class Problem:
 
     errors: Mapping[str, Sequence[CandidateError]]
     reuse: Mapping[str, Sequence[ReuseError]]
-    gains: Mapping[str, float]
     levels: Sequence[float]
     max_reusing: int
     max_rules: int = 6
@@ -102,10 +107,14 @@ Pick = Callable[[Mapping[str, Sequence[Option]]], dict[str, Option] | None]
 
 
 def step_weights(levels: Sequence[float]) -> Tensor:
-    """How far every step moves the noise level, as shares of the run: ``[steps]``, float64."""
-    ends = torch.tensor([*levels, 0.0], dtype=torch.float64)
-    steps = (ends[:-1] - ends[1:]).clamp_min(0.0)
-    return steps / steps.sum()
+    """What an error in every step counts, as shares of the run: ``[steps]``, float64."""
+    weights = torch.tensor(levels, dtype=torch.float64).square()
+    return weights / weights.sum()
+
+
+def damage(output: Any, temporal: Any) -> Any:
+    """Damage by squared relative errors of a site's output and of its change between frames."""
+    return output + TEMPORAL * temporal
 
 
 def search(problem: Problem, density: float) -> list[Found]:
@@ -199,9 +208,9 @@ def _at_schedule(problem: Problem, schedule: tuple[int, ...], pick: Pick) -> Fou
     choice = _choose(problem, schedule, pick)
     if choice is None or not any(option.reuses for option in choice.values()):
         return None
-    damage = sum(option.damage for option in choice.values())
+    total = sum(option.damage for option in choice.values())
     cost = sum(option.cost for option in choice.values()) + lead * len(choice)
-    return Found(choice, schedule, damage, cost / steps / len(choice))
+    return Found(choice, schedule, total, cost / steps / len(choice))
 
 
 def _choose(problem: Problem, schedule: tuple[int, ...], pick: Pick) -> dict[str, Option] | None:
@@ -222,19 +231,19 @@ def _choose(problem: Problem, schedule: tuple[int, ...], pick: Pick) -> dict[str
 def site_options(problem: Problem, site: str, schedule: tuple[int, ...]) -> list[Option]:
     """Everything a site may do under a schedule; to stay dense comes first."""
     steps, lead = len(problem.levels), schedule[0]
-    span, gain = steps - lead, problem.gains[site]
+    span = steps - lead
     weights = step_weights(problem.levels)
     options = [Option(None, False, 0.0, float(span), 0.0)]
     for own in problem.errors[site]:
         moved = float(weights[lead:].sum())
-        damage = gain * moved * (own.output**2 + own.temporal**2)
-        options.append(Option(own.rule, False, damage, own.density * span, own.output))
+        done = moved * damage(own.output**2, own.temporal**2)
+        options.append(Option(own.rule, False, done, own.density * span, own.output))
     latest, at = _reused(schedule, steps)
     for reused in problem.reuse[site]:
         output = float((weights[at] * reused.output[latest, at]).sum())
         temporal = float((weights[at] * reused.temporal[latest, at]).sum())
         cost = reused.density * span + len(schedule)
-        options.append(Option(reused.rule, True, gain * (output + temporal), cost, output**0.5))
+        options.append(Option(reused.rule, True, damage(output, temporal), cost, output**0.5))
     return options
 
 
@@ -250,9 +259,9 @@ def _mean_drift(problem: Problem) -> Tensor:
     """Damage of step t with the residuals of step s, mean over rules, summed over sites."""
     weights = step_weights(problem.levels)
     total = torch.zeros(len(weights), len(weights), dtype=torch.float64)
-    for site, reused in problem.reuse.items():
+    for reused in problem.reuse.values():
         for own in reused:
-            total += problem.gains[site] * (own.output + own.temporal) * weights / len(reused)
+            total += damage(own.output, own.temporal) * weights / len(reused)
     return total
 
 
@@ -263,7 +272,7 @@ def _total(problem: Problem, choice: Mapping[str, Option]) -> Tensor:
     for site, option in choice.items():
         if option.reuses:
             own = next(one for one in problem.reuse[site] if one.rule == option.rule)
-            total += problem.gains[site] * (own.output + own.temporal) * weights
+            total += damage(own.output, own.temporal) * weights
     return total
 
 

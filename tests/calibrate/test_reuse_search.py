@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evdit_opt.calibrate.reuse_search import Problem, cheapest_within, search, step_weights
+from evdit_opt.calibrate.reuse_search import Problem, cheapest_within, damage, search, step_weights
 from evdit_opt.calibrate.site_record import CandidateError, ReuseError
 from evdit_opt.masks import CACHED, Rule
 
@@ -32,10 +32,9 @@ def problem(sites: int, steps: int, seed: int, **limits: int) -> Problem:
             ReuseError(CACHED, 0.0, drift, 2 * drift),
             ReuseError(OWN, 0.1, 0.4 * drift, 0.7 * drift),
         )
-    gains = {name: float(torch.rand((), generator=random)) + 0.1 for name in errors}
     levels = tuple(float(level) for level in torch.linspace(1000, 100, steps))
     defaults = {"max_reusing": sites, "max_rules": 6}
-    return Problem(errors, reuse, gains, levels, **{**defaults, **limits})
+    return Problem(errors, reuse, levels, **{**defaults, **limits})
 
 
 @given(
@@ -77,22 +76,23 @@ def test_two_sites_and_a_few_steps_come_close_to_trying_everything(seed):
                     latest.append(now)
                     at.append(step)
             own = []
-            for site, gain in given_.gains.items():
+            for site in given_.errors:
                 span = 5 - first
                 options = [(0.0, float(span), False)]
                 for c in given_.errors[site]:
                     moved = float(weights[first:].sum())
-                    damage = gain * moved * (c.output**2 + c.temporal**2)
-                    options.append((damage, c.density * span, False))
+                    done = moved * damage(c.output**2, c.temporal**2)
+                    options.append((done, c.density * span, False))
                 for c in given_.reuse[site]:
-                    damage = float((weights[at] * (c.output + c.temporal)[latest, at]).sum())
-                    options.append((gain * damage, c.density * span + len(schedule), True))
+                    drift = damage(c.output, c.temporal)[latest, at]
+                    done = float((weights[at] * drift).sum())
+                    options.append((done, c.density * span + len(schedule), True))
                 own.append(options)
             for pair in product(*own):
                 if not any(reuses for *_, reuses in pair):
                     continue
                 if sum(cost for _, cost, _ in pair) + 2 * first <= density * 5 * 2 + 1e-9:
-                    best = min(best, sum(damage for damage, *_ in pair))
+                    best = min(best, sum(done for done, *_ in pair))
     found = search(given_, density)
     # Alternating finds the best rules of a schedule and the best schedule of rules, seldom less
     # than the best of both.
@@ -110,6 +110,6 @@ def test_a_threshold_bounds_every_site_and_takes_the_cheapest():
     assert loose.density < tight.density
 
 
-def test_steps_weigh_as_far_as_they_move_the_noise():
+def test_steps_weigh_as_the_square_of_their_noise():
     weights = step_weights((1000.0, 900.0, 400.0))
-    assert weights.tolist() == pytest.approx([0.1, 0.5, 0.4])
+    assert weights.tolist() == pytest.approx([100 / 197, 81 / 197, 16 / 197])
