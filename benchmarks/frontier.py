@@ -34,7 +34,7 @@ from evdit_opt.reuse import with_reuse
 from evdit_opt.versions import installed_versions
 
 ROOT = Path(__file__).parents[1]
-DENSITIES = (0.2, 0.3, 0.4, 0.6)
+DENSITIES = (0.2, 0.3, 0.4)
 SEED = 12000
 FAMILIES = {
     "uniform references (paper)": lambda n: Rule(n),
