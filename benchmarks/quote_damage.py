@@ -1,7 +1,6 @@
-"""Put the measured frontier and the rank correlation of the damage model into their pages.
+"""Put the rank correlation of the damage model into its page.
 
-python benchmarks/damage_model.py && python benchmarks/frontier.py
-python benchmarks/quote_frontier.py
+python benchmarks/damage_model.py && python benchmarks/quote_damage.py
 """
 
 import json
@@ -12,27 +11,6 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/cpu"
 BLOCK = r"(<!-- {}: .*? -->\n).*?(<!-- /{} -->)"
-
-
-def frontier_table(report: dict[str, Any]) -> str:
-    """A row per variant and density, from ``frontier_*.json``."""
-    lines = [
-        "| at most | variant | density | PSNR to dense, dB (95%) | flicker / dense |",
-        "|---|---|---|---|---|",
-    ]
-    for row in report["rows"]:
-        low, high = row["psnr_ci95_db"]
-        lines.append(
-            f"| {row['target']} | {row['variant']} | {row['density']:.2f} | {row['psnr_db']:.1f} "
-            f"({low:.1f} to {high:.1f}) | {row['flicker_ratio']:.2f} |"
-        )
-    lines += [
-        "",
-        f"{report['clips']} held-out clips, {report['steps']} steps, guidance "
-        f"{report['guidance']:g}, calibrated on {report['calibration_prompts']} other prompts, "
-        "bootstrap intervals over clips.",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def damage_line(report: dict[str, Any]) -> str:
@@ -55,10 +33,8 @@ def quote(page: str, name: str, text: str) -> str:
 
 def quoted() -> dict[Path, str]:
     """Every page as it should be."""
-    frontier = json.loads((RESULTS / "frontier_20_steps_guidance_2.json").read_text("utf-8"))
     damage = json.loads((RESULTS / "damage_model.json").read_text("utf-8"))
     pages = {
-        ROOT / "docs/residual_reuse.md": ("frontier", frontier_table(frontier)),
         ROOT / "docs/notes/damage.md": ("damage", damage_line(damage)),
     }
     return {path: quote(path.read_text("utf-8"), *block) for path, block in pages.items()}
