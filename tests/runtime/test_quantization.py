@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from tests.models.case import Shape
-from tests.runtime.pair import Pair
+from tests.runtime.pair import FUSED, Pair
 
 quantization = pytest.importorskip(
     "torchao.quantization", reason="needs torchao: pip install --no-deps torchao"
@@ -44,4 +44,4 @@ def test_a_quantized_model_through_inductor() -> None:
     pair = Pair(Shape(layers=1))
     pair.both(quantize)
     pair.apply(inner="inductor")
-    pair.check()
+    pair.check(times=FUSED)
