@@ -1,15 +1,23 @@
 """The ``evdit`` command."""
 
-import contextlib
-import enum
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from evdit_opt.errors import EvditError
+from evdit_opt.commands.calibrate import calibrate
+from evdit_opt.commands.common import (
+    MODEL_HELP,
+    Precision,
+    console,
+    given,
+    only_result_on_stdout,
+    or_exit,
+)
+from evdit_opt.commands.measure import measure
+from evdit_opt.commands.plan import plans
+from evdit_opt.commands.report import report
 
 __all__ = ["app"]
 
@@ -23,15 +31,10 @@ app = typer.Typer(
 )
 exports = typer.Typer(help="Write an optimized denoiser for other programs.", no_args_is_help=True)
 app.add_typer(exports, name="export")
-console = Console()
-
-
-class Precision(enum.Enum):
-    """What a model may be run in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+app.add_typer(plans, name="plan")
+app.command()(calibrate)
+app.command()(measure)
+app.command()(report)
 
 
 @app.command()
@@ -46,18 +49,12 @@ def demo(
     """Calibrate, optimize and run TinyWan (built in, no download, CPU is enough), and report."""
     from evdit_opt.demo.run import run_demo
 
-    _or_exit(lambda: run_demo(folder, clips=clips, steps=steps, seed=seed, console=console))
+    or_exit(lambda: run_demo(folder, clips=clips, steps=steps, seed=seed, console=console))
 
 
 @app.command()
 def inspect(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="'tinywan', a pipeline's folder or Hugging Face id, a transformer's folder, or "
-            "module:factory (returns a pipeline, or a module and the kwargs of a call)."
-        ),
-    ],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     frames: Annotated[
         int | None, typer.Option(min=1, help="Frames of the video; of the latents for a folder.")
     ] = None,
@@ -88,40 +85,24 @@ def inspect(
     from evdit_opt.inspection import examine, load_target
     from evdit_opt.inspection import show as describe
 
-    sizes = {"num_frames": frames, "height": height, "width": width}
-    given = {name: value for name, value in sizes.items() if value is not None}
+    sizes = given(num_frames=frames, height=height, width=width)
 
     def run() -> None:
-        # Whatever libraries and factories print must not get between the lines of the result.
-        with contextlib.redirect_stdout(sys.stderr):
+        with only_result_on_stdout():
             precision = None if dtype is None else getattr(torch, dtype.value)
-            denoiser = load_target(model, prompt, given, device, precision)
+            denoiser = load_target(model, prompt, sizes, device, precision)
             found = examine(model, denoiser, VideoGrid(*grid) if grid else None, timing)
         if as_json:
             sys.stdout.write(found.to_json())
         else:
             console.print(describe(found))
 
-    _or_exit(run)
-
-
-@app.command()
-def show(plan: Annotated[Path, typer.Argument(help="A plan file, *.evdit.json.")]) -> None:
-    """Print what a plan does to each layer, and the evidence it carries."""
-    from evdit_opt.plan import Plan
-
-    _or_exit(lambda: console.print(Plan.load(plan).describe(), markup=False, highlight=False))
+    or_exit(run)
 
 
 @exports.command()
 def onnx(
-    pipeline: Annotated[
-        str,
-        typer.Argument(
-            help="'tinywan', a pipeline's folder or Hugging Face id, a transformer's folder, or "
-            "module:factory."
-        ),
-    ],
+    pipeline: Annotated[str, typer.Argument(help=MODEL_HELP)],
     plan: Annotated[Path, typer.Option(help="Its plan, *.evdit.json.")],
     out: Annotated[Path, typer.Option(help="The file to write; large weights go beside it.")],
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of the video.")] = None,
@@ -140,24 +121,14 @@ def onnx(
 
     from evdit_opt.export.command import export_named
 
-    sizes = {"num_frames": frames, "height": height, "width": width}
-    given = {name: value for name, value in sizes.items() if value is not None}
+    sizes = given(num_frames=frames, height=height, width=width)
 
     def run() -> None:
         precision = None if dtype is None else getattr(torch, dtype.value)
-        with contextlib.redirect_stdout(sys.stderr):
+        with only_result_on_stdout():
             written = export_named(
-                pipeline, plan, out, prompt=prompt, sizes=given, dtype=precision, opset=opset
+                pipeline, plan, out, prompt=prompt, sizes=sizes, dtype=precision, opset=opset
             )
         console.print(written, markup=False, highlight=False)
 
-    _or_exit(run)
-
-
-def _or_exit(action: object) -> None:
-    try:
-        action()  # type: ignore[operator]
-    except EvditError as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        Console(stderr=True).print(str(error), markup=False)
-        raise typer.Exit(1) from error
+    or_exit(run)

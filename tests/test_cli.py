@@ -1,14 +1,12 @@
-"""The evdit command: help a newcomer understands, plans printed, errors in one line."""
+"""The evdit command: help a newcomer understands, errors in one line."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from evdit_opt.cli import app
-from tests.plans import PLAN
 
 
 @pytest.fixture
@@ -19,29 +17,12 @@ def evdit() -> CliRunner:
 def test_help_names_every_command_and_where_to_start(evdit):
     result = evdit.invoke(app, ["--help"])
     assert result.exit_code == 0
-    for word in ("demo", "inspect", "show", "Start with"):
+    for word in ("demo", "inspect", "calibrate", "plan", "export", "Start with"):
         assert word in result.output
 
 
 def test_no_command_is_help(evdit):
     assert "Usage" in evdit.invoke(app, []).output
-
-
-def test_show_prints_the_plan(evdit, tmp_path):
-    PLAN.save(tmp_path / "plan.json")
-    result = evdit.invoke(app, ["show", str(tmp_path / "plan.json")])
-    assert result.exit_code == 0
-    assert "blocks.0.attn1" in result.output
-    assert "WanTransformer3DModel" in result.output
-
-
-def test_a_bad_plan_is_one_line_and_exit_code_1(evdit, tmp_path):
-    path: Path = tmp_path / "plan.json"
-    path.write_text("{")
-    result = evdit.invoke(app, ["show", str(path)])
-    assert result.exit_code == 1
-    assert "PlanError" in result.stderr
-    assert "Traceback" not in result.output
 
 
 def test_inspecting_what_is_no_pipeline_says_so(evdit, tmp_path):

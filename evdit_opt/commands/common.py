@@ -1,0 +1,76 @@
+"""What the subcommands share: where they print, how they fail, how a model is named."""
+
+import contextlib
+import enum
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from evdit_opt.errors import EvditError, UnsupportedInputError
+
+__all__ = [
+    "MODEL_HELP",
+    "Precision",
+    "console",
+    "given",
+    "only_result_on_stdout",
+    "or_exit",
+    "require_writable",
+    "tell_error",
+]
+
+MODEL_HELP = (
+    "'tinywan', a pipeline's folder or Hugging Face id, a transformer's folder, or "
+    "module:factory (returns a pipeline, or a module and the kwargs of a call)."
+)
+console = Console()
+
+
+class Precision(enum.Enum):
+    """What a model may be run in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def or_exit(action: Callable[[], object], code: int = 1) -> None:
+    """Run; one of our errors becomes one line on stderr and an exit code."""
+    try:
+        action()
+    except EvditError as error:
+        tell_error(error)
+        raise typer.Exit(code) from error
+
+
+def tell_error(error: EvditError) -> None:
+    """One line on stderr."""
+    errors = Console(stderr=True, soft_wrap=True)
+    errors.print(f"[bold red]{type(error).__name__}[/]: ", end="")
+    errors.print(str(error), markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def only_result_on_stdout() -> Iterator[None]:
+    """Whatever libraries and factories print must not get between the lines of the result."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given: those that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def require_writable(out: Path) -> None:
+    """Say before hours of work that the result will have nowhere to go.
+
+    Raises:
+        UnsupportedInputError: if the folder of ``out`` is missing, or ``out`` is a folder.
+    """
+    if not out.parent.is_dir() or out.is_dir():
+        raise UnsupportedInputError(f"expected a file to write in a folder there is, got {out}")

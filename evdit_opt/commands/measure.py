@@ -1,0 +1,128 @@
+"""``evdit measure``: where a model's attention goes, as a table, as JSON and as a picture."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from evdit_opt.commands.calibrate import read_prompts
+from evdit_opt.commands.common import (
+    MODEL_HELP,
+    Precision,
+    console,
+    given,
+    only_result_on_stdout,
+    or_exit,
+)
+from evdit_opt.errors import UnsupportedInputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from evdit_opt.calibrate.measure import Measurement
+
+__all__ = ["measure", "table"]
+
+SHOWN_DISTANCES = (0, 1, 2, 4, 8, 16)
+
+
+def measure(
+    pipeline: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    prompts: Annotated[
+        Path | None, typer.Option(help="A text file, a prompt a line; lines with # are comments.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of a run.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Frames of the video; of the latents for a folder.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels; latent rows.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels; latent columns.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the first run's noise.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to run, such as cuda.")] = None,
+    dtype: Annotated[
+        Precision | None, typer.Option(help="What to run in; as loaded if left out.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for measure.json and a picture; made if missing.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
+    ] = False,
+) -> None:
+    """Measure where each layer's attention goes: own frame, other frames by distance, text."""
+    import torch
+
+    from evdit_opt.calibrate.measure import measure_attention
+    from evdit_opt.config import Config
+    from evdit_opt.inspection.target import PROMPT, find_target
+
+    call = given(num_frames=frames, height=height, width=width)
+
+    def run() -> None:
+        texts = [*read_prompts(prompts), *(prompt or ())] or [PROMPT]
+        if out is not None:
+            _make_folder(out)
+        with only_result_on_stdout():
+            precision = None if dtype is None else getattr(torch, dtype.value)
+            config = Config(**given(calib_steps=steps, seed=seed))
+            found = find_target(pipeline, texts, call, device, precision)
+            config = replace(config, pipe_kwargs=found.pipe_kwargs)
+            measured = measure_attention(found.target, found.items, config)
+            if out is not None:
+                _write(measured, out)
+        if as_json:
+            sys.stdout.write(measured.to_json())
+        else:
+            console.print(table(measured))
+            if found.made_up:
+                console.print("The inputs were random: only a pipeline's say where it looks.")
+
+    or_exit(run)
+
+
+def table(measured: "Measurement") -> "Table":
+    """A row per layer, to print."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    grid = measured.grid
+    found = Table(
+        title=f"{measured.model}: share of attention, {grid.frames} latent frames x {grid.height} "
+        f"x {grid.width} tokens",
+        caption=f"{measured.prompts} prompts, {measured.steps} steps; mean over heads (lowest to "
+        "highest head), queries and calls. even: were every token alike. breaks: own frame far "
+        "from that of the other layers",
+    )
+    distances = [distance for distance in SHOWN_DISTANCES if 0 < distance < grid.frames]
+    away = [f"{distance} away" for distance in distances]
+    for column in ("layer", "own frame", "heads", "even", *away, "text", "breaks"):
+        found.add_column(column, justify="left" if column in ("layer", "breaks") else "right")
+    for site in measured.sites:
+        heads = [head.in_frame for head in site.heads]
+        found.add_row(
+            escape(site.name),
+            f"{site.in_frame:.3f}",
+            f"{min(heads):.2f} to {max(heads):.2f}",
+            f"{site.even:.3f}",
+            *(f"{site.by_distance[distance]:.3f}" for distance in distances),
+            f"{site.text:.3f}",
+            "yes" if site.breaks_pattern else "",
+        )
+    return found
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UnsupportedInputError(f"expected a folder to write to, got {out}: {error}") from error
+
+
+def _write(measured: "Measurement", out: Path) -> None:
+    from evdit_opt.calibrate.mass_picture import draw_mass
+
+    (out / "measure.json").write_text(measured.to_json(), encoding="utf-8")
+    draw_mass(out / "measure.png", measured)

@@ -1,0 +1,45 @@
+"""``evdit report``: a plan as one HTML page."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from evdit_opt.commands.common import console, or_exit, require_writable
+from evdit_opt.errors import UnsupportedInputError
+
+__all__ = ["report"]
+
+
+def report(
+    plan: Annotated[Path, typer.Argument(help="A plan file, *.evdit.json.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    clips: Annotated[
+        Path | None,
+        typer.Option(help="A folder of mp4 files, VARIANT/NAME.mp4 or NAME.mp4, to play in sync."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
+    ] = False,
+) -> None:
+    """Write one HTML page that shows what a plan does and why; it needs no network."""
+    from evdit_opt.page import load_clips, plan_page
+    from evdit_opt.plan import Plan
+
+    def run() -> None:
+        require_writable(out)
+        shown = () if clips is None else load_clips(clips)
+        page = plan_page(Plan.load(plan), shown)
+        try:
+            out.write_text(page, encoding="utf-8")
+        except OSError as error:
+            raise UnsupportedInputError(f"expected to write {out}: {error}") from error
+        if as_json:
+            told = {"out": str(out), "bytes": len(page.encode()), "clips": len(shown)}
+            sys.stdout.write(json.dumps(told, indent=2, sort_keys=True) + "\n")
+        else:
+            console.print(f"written to {out}", markup=False, highlight=False, soft_wrap=True)
+
+    or_exit(run)

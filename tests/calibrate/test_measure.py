@@ -1,0 +1,139 @@
+"""Where attention goes: against a dense softmax, and a layer out of line is noticed."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from evdit_opt import apply_plan, restore
+from evdit_opt.calibrate.measure import SiteMass, measure_attention, site_masses
+from evdit_opt.calibrate.site_record import SiteRecord
+from evdit_opt.cli import app
+from evdit_opt.commands.measure import table
+from evdit_opt.config import Config
+from evdit_opt.errors import AlreadyOptimizedError
+from evdit_opt.grid import TokenLayout, VideoGrid
+from evdit_opt.models import config_hash
+from tests.models.toy_dit import make_plan, toy, toy_inputs, toy_rules
+
+TOY = "tests.inspection.toys:good"
+
+
+def measured(q: torch.Tensor, k: torch.Tensor, layout: TokenLayout) -> SiteMass:
+    """What a recording of one call says; frames are small enough for every query to be sampled."""
+    record = SiteRecord(layout, ())
+    record.add(q, k, torch.randn_like(k))
+    return site_masses({"site": record.mass()}, {"site": layout})[0]
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, TokenLayout]:
+    grid = VideoGrid(draw(st.integers(1, 6)), draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    layout = TokenLayout(grid, draw(st.sampled_from([0, 3])), draw(st.sampled_from([0, 2])))
+    torch.manual_seed(draw(st.integers(0, 99)))
+    shape = (draw(st.integers(1, 2)), draw(st.integers(1, 3)), layout.seq_len, 8)
+    return *(draw(st.sampled_from([0.3, 3.0])) * torch.randn(2, *shape)).unbind(), layout
+
+
+@given(calls())
+@settings(max_examples=60, deadline=None)
+def test_figures_are_those_of_a_dense_softmax(case: Any) -> None:
+    q, k, layout = case
+    frames, found = layout.grid.frames, measured(*case)
+    weights = (q.double() @ k.double().transpose(2, 3) * 8**-0.5).softmax(-1)
+    frame_of = torch.full((layout.seq_len,), -1)
+    for frame in range(frames):
+        frame_of[layout.frame_slice(frame)] = frame
+    video = frame_of >= 0
+    for head, own in enumerate(found.heads):
+        rows = weights[:, head][:, video]
+        away = (frame_of[video][:, None] - frame_of[None, :]).abs()
+        for distance, share in enumerate(own.by_distance):
+            near = (away == distance) & video[None, :]
+            right = float((rows * near).sum(-1).mean())
+            assert share == pytest.approx(right, rel=1e-4, abs=1e-6)  # sums in float32
+        assert own.text == pytest.approx(float(rows[..., ~video].sum(-1).mean()), abs=1e-6)
+        assert own.in_frame == own.by_distance[0]
+    for figures in (found, *found.heads):
+        assert sum(figures.by_distance) + figures.text == pytest.approx(1.0, abs=1e-5)
+    for i, row in enumerate(found.tiles):
+        tile = weights[:, :, layout.frame_slice(i)]
+        for j, share in enumerate(row):
+            right = float(tile[..., layout.frame_slice(j)].sum(-1).mean())
+            assert share == pytest.approx(right, rel=1e-4, abs=1e-6)
+
+
+def test_indifferent_queries_are_even() -> None:
+    layout = TokenLayout(VideoGrid(4, 2, 3), suffix=5)
+    shape = (1, 2, layout.seq_len, 8)
+    found = measured(torch.zeros(shape), torch.randn(shape), layout)
+    assert found.even == 6 / 29
+    assert found.in_frame == pytest.approx(found.even, rel=1e-5)
+    assert found.text == pytest.approx(5 / 29, rel=1e-5)
+
+
+def with_own_frame(share: float, frames: int = 5) -> torch.Tensor:
+    """Mass ``[2, frames, frames]`` with a share on the diagonal."""
+    rest = (1 - share) / (frames - 1)
+    return (torch.full((frames, frames), rest) + torch.eye(frames) * (share - rest)).expand(2, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("shares", "breaking"),
+    [
+        ([0.7, 0.72, 0.69, 0.71, 0.2, 0.7], [4]),
+        ([0.7, 0.72, 0.69, 0.71, 0.66, 0.7], []),
+        ([0.5, 0.5, 0.5, 0.51], []),
+        ([0.1, 0.3, 0.5, 0.7, 0.9], []),
+        ([0.9, 0.3, 0.3, 0.31, 0.1], [0, 4]),
+        ([0.4], []),
+    ],
+    ids=["one low", "all near", "nearly equal", "all over", "both sides", "alone"],
+)
+def test_a_layer_out_of_line_is_noticed(shares: list[float], breaking: list[int]) -> None:
+    layout = TokenLayout(VideoGrid(5, 1, 1))
+    mass = {str(n): with_own_frame(share) for n, share in enumerate(shares)}
+    found = site_masses(mass, dict.fromkeys(mass, layout))
+    assert [n for n, site in enumerate(found) if site.breaks_pattern] == breaking
+
+
+def test_a_model_with_a_plan_is_refused() -> None:
+    model: Any = toy()
+    plan = replace(make_plan(model, toy_rules()), model_config_hash=config_hash(model))
+    apply_plan(model, plan, inner="eager")
+    with pytest.raises(AlreadyOptimizedError, match="has a plan applied"):
+        measure_attention(model, [toy_inputs()])
+    restore(model)
+
+
+def test_a_whole_model_and_its_table() -> None:
+    found = measure_attention(toy(2), [toy_inputs()], Config(progress=False))
+    torch._dynamo.reset()
+    assert [site.name for site in found.sites] == ["blocks.0.attn1", "blocks.1.attn1"]
+    assert (found.prompts, found.steps) == (1, 1)
+    columns = [column.header for column in table(found).columns]
+    assert columns == ["layer", "own frame", "heads", "even", "1 away", "2 away", "text", "breaks"]
+
+
+def test_the_command_writes_a_table_json_and_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra diffusers")
+    result = CliRunner().invoke(app, ["measure", TOY, "--out", str(tmp_path / "new"), "--json"])
+    torch._dynamo.reset()
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told == json.loads((tmp_path / "new/measure.json").read_text())
+    assert told["sites"][0]["name"] == "blocks.0.attn1"
+    assert (tmp_path / "new/measure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = CliRunner().invoke(app, ["measure", TOY, "--out", str(tmp_path / "file")])
+    assert result.exit_code == 1
+    assert "expected a folder to write to" in result.stderr
