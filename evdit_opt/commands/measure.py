@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["measure", "table"]
 
-SHOWN_DISTANCES = (0, 1, 2, 4, 8, 16)
+SHOWN_DISTANCES = (1, 4, 16)  # more do not fit 80 columns; JSON has all
 
 
 def measure(
@@ -85,6 +85,7 @@ def measure(
 
 def table(measured: "Measurement") -> "Table":
     """A row per layer, to print."""
+    from rich import box
     from rich.markup import escape
     from rich.table import Table
 
@@ -92,24 +93,27 @@ def table(measured: "Measurement") -> "Table":
     found = Table(
         title=f"{measured.model}: share of attention, {grid.frames} latent frames x {grid.height} "
         f"x {grid.width} tokens",
-        caption=f"{measured.prompts} prompts, {measured.steps} steps; mean over heads (lowest to "
-        "highest head), queries and calls. even: were every token alike. breaks: own frame far "
-        "from that of the other layers",
+        caption=f"{measured.prompts} prompts, {measured.steps} steps; mean over heads, queries and "
+        "calls. own: on the own frame; heads: of the lowest to the highest head; even: were every "
+        "token alike; +-n: on frames n away; breaks: own far from that of the other layers",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
-    distances = [distance for distance in SHOWN_DISTANCES if 0 < distance < grid.frames]
-    away = [f"{distance} away" for distance in distances]
-    for column in ("layer", "own frame", "heads", "even", *away, "text", "breaks"):
-        found.add_column(column, justify="left" if column in ("layer", "breaks") else "right")
+    distances = [distance for distance in SHOWN_DISTANCES if distance < grid.frames]
+    found.add_column("layer", overflow="fold")
+    for column in ("own", "heads", "even", *(f"+-{n}" for n in distances), "text"):
+        found.add_column(column, justify="right", no_wrap=True)
+    found.add_column("", no_wrap=True)
     for site in measured.sites:
         heads = [head.in_frame for head in site.heads]
         found.add_row(
             escape(site.name),
             f"{site.in_frame:.3f}",
-            f"{min(heads):.2f} to {max(heads):.2f}",
+            f"{min(heads):.2f}-{max(heads):.2f}",
             f"{site.even:.3f}",
             *(f"{site.by_distance[distance]:.3f}" for distance in distances),
             f"{site.text:.3f}",
-            "yes" if site.breaks_pattern else "",
+            "breaks" if site.breaks_pattern else "",
         )
     return found
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from typer.testing import CliRunner
 
 from evdit_opt import apply_plan, restore
@@ -117,8 +118,12 @@ def test_a_whole_model_and_its_table() -> None:
     torch._dynamo.reset()
     assert [site.name for site in found.sites] == ["blocks.0.attn1", "blocks.1.attn1"]
     assert (found.prompts, found.steps) == (1, 1)
-    columns = [column.header for column in table(found).columns]
-    assert columns == ["layer", "own frame", "heads", "even", "1 away", "2 away", "text", "breaks"]
+    shown = table(found)
+    assert [c.header for c in shown.columns] == ["layer", "own", "heads", "even", "+-1", "text", ""]
+    console = Console(width=80)
+    with console.capture() as printed:
+        console.print(shown)
+    assert f"blocks.0.attn1   {found.sites[0].in_frame:.3f}" in printed.get()  # fits
 
 
 def test_the_command_writes_a_table_json_and_a_picture(tmp_path: Path) -> None:
