@@ -1,6 +1,7 @@
 """``evdit demo``: the whole job on TinyWan, with its numbers and its shortfalls."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -162,7 +163,9 @@ def measure_run(optimized: Any, dense: Any, plan: Plan, steps: int) -> dict[str,
 
 
 def _quieten() -> None:
-    """No loading bars and deprecation notes of diffusers between the lines of the story."""
+    """No loading bars and notes of libraries between the lines of the story."""
+    for chatty in ("torchao", "torch.utils._pytree"):  # on import, about what nobody asked for
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     import diffusers
     import transformers
 
