@@ -3,13 +3,22 @@
 Static masks, per weighting searched site by site or uniform, and reuse of residuals across steps.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
 from evdit_opt.calibrate.draft import Drafter
 from evdit_opt.calibrate.record import Recording
-from evdit_opt.calibrate.reuse_search import Found, Problem, cheapest_within, damage, search
+from evdit_opt.calibrate.reuse_search import (
+    EARLY,
+    STEADY,
+    Found,
+    Judge,
+    Problem,
+    cheapest_within,
+    search,
+    site_options,
+)
 from evdit_opt.calibrate.search import (
     Choice,
     Errors,
@@ -27,8 +36,9 @@ __all__ = ["Drafted", "Kind", "Planner"]
 CLEARLY_WORSE = 4.0
 """A kind whose predicted damage is this many times the best one's is not run."""
 
-REUSE_TRIED = 2
-"""Schedules of different numbers of refreshes that are run."""
+JUDGES = {"early steps first": EARLY, "all steps, steady": STEADY}
+"""Views of damage: the best plan that reuses is run for each. The first tells random plans apart
+best; among good ones either may win (docs/notes/damage.md)."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +107,9 @@ class Planner:
             for uniform in (False, True)
         ]
         reusing = [
-            Kind(f"reuse across steps, choice {n + 1}", partial(self._reusing, number=n))
-            for n in range(REUSE_TRIED if self.reuses else 0)
+            Kind(f"reuse, {name}", partial(self._reusing, judge=judge))
+            for name, judge in JUDGES.items()
+            if self.reuses
         ]
         return [*static, *reusing]
 
@@ -127,17 +138,26 @@ class Planner:
         choice = choose_uniform(own, density) if uniform else choose_rules(own, threshold, limit)
         return Drafted(self.drafter.draft(choice, own, threshold), self._damage(choice))
 
-    def _reusing(self, density: float, number: int) -> Drafted | None:
-        found: Sequence[Found] = search(self.problem, density)
-        if number >= len(found):
+    def _reusing(self, density: float, judge: Judge) -> Drafted | None:
+        found = search(replace(self.problem, judge=judge), density)
+        if not found:
             return None
-        one = found[number]
-        plan = self.drafter.draft_reuse(one, self.recording.errors, self.recording.levels)
-        return Drafted(plan, one.damage)
+        plan = self.drafter.draft_reuse(found[0], self.recording.errors, self.recording.levels)
+        return Drafted(plan, self._total(found[0]))
+
+    def _total(self, found: Found) -> float:
+        """Damage as the problem's own judge sees it, so that kinds can be compared."""
+        return sum(
+            next(o for o in site_options(self.problem, site, found.refreshes)
+                 if (o.rule, o.reuses) == (option.rule, option.reuses)).damage
+            for site, option in found.options.items()
+        )  # fmt: skip
 
     def _damage(self, choice: Choice) -> float:
         return sum(
-            damage(own.output**2, own.temporal**2) for own in choice.values() if own is not None
+            self.problem.judge.damage(own.output**2, own.temporal**2)
+            for own in choice.values()
+            if own is not None
         )
 
 

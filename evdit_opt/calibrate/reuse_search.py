@@ -1,17 +1,17 @@
 """Search plans that reuse residuals: which sites, which rule at each, and when to refresh.
 
-Damage is additive: over sites, all alike, and over steps, each weighing as the square of its noise
-level: what goes wrong early is carried on. How well this ranks plans, and what did not help, is in
-docs/notes/damage.md. For a fixed schedule the choice per site is then separable, and the best one
-within a budget is found by dynamic programming; so is the best schedule for fixed rules
-(``schedule.py``). The two alternate, from two starts, for every number of refreshes.
+Damage is additive over sites, all alike, and over steps, which weigh as a :class:`Judge` says. How
+well that ranks plans, and what did not help, is in docs/notes/damage.md. For a fixed schedule the
+choice per site is then separable, and the best one within a budget is found by dynamic programming;
+so is the best schedule for fixed rules (``schedule.py``). The two alternate, from two starts, for
+every number of refreshes.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,22 +21,19 @@ from evdit_opt.calibrate.site_record import CandidateError, ReuseError
 from evdit_opt.masks import Rule
 
 __all__ = [
+    "EARLY",
+    "STEADY",
     "Found",
+    "Judge",
     "Option",
     "Problem",
     "cheapest_within",
-    "damage",
     "search",
     "site_options",
-    "step_weights",
 ]
 
 ROUNDS = 4
 """Alternations of rules and schedule; the second already changes little."""
-
-TEMPORAL = 0.1
-"""What the error from frame to frame counts beside that of the output. It is relative to changes
-that are small, so it is the larger number."""
 
 SMALLER = 1 - 1e-9
 """What damage must shrink by to count."""
@@ -46,6 +43,38 @@ REPAIRED = 3
 
 BINS = 2048
 """Steps in which a budget is spent."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How errors of sites and steps add up to damage.
+
+    Attributes:
+        steps: what an error in a step counts: "noise", as the square of its noise level, because
+            what goes wrong early is carried on; "change", as far as the step moves that level.
+        temporal: what the squared error from frame to frame counts beside that of the output. It is
+            relative to changes that are small, so it is the larger number.
+    """
+
+    steps: Literal["noise", "change"]
+    temporal: float
+
+    def weights(self, levels: Sequence[float]) -> Tensor:
+        """What an error in every step counts, as shares of the run: ``[steps]``, float64."""
+        noise = torch.tensor([*levels, 0.0], dtype=torch.float64)
+        counts = noise[:-1].square() if self.steps == "noise" else noise[:-1] - noise[1:]
+        return counts / counts.sum()
+
+    def damage(self, output: Any, temporal: Any) -> Any:
+        """Damage by squared relative errors of a site's output, and of its change in time."""
+        return output + self.temporal * temporal
+
+
+EARLY = Judge("noise", 0.1)
+"""Ranks plans of very different quality best."""
+
+STEADY = Judge("change", 1.0)
+"""Keeps refreshes for the late steps, which make detail, and minds flicker."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +121,7 @@ class Problem:
         errors: per site, of the rules that are applied in every step.
         reuse: per site, of the rules that reuse; empty where that is impossible.
         levels: noise levels of the steps, descending.
+        judge: what counts as damage.
         max_reusing: sites whose residuals fit the memory budget.
         max_rules: different rules a plan may hold.
     """
@@ -101,20 +131,10 @@ class Problem:
     levels: Sequence[float]
     max_reusing: int
     max_rules: int = 6
+    judge: Judge = EARLY
 
 
 Pick = Callable[[Mapping[str, Sequence[Option]]], dict[str, Option] | None]
-
-
-def step_weights(levels: Sequence[float]) -> Tensor:
-    """What an error in every step counts, as shares of the run: ``[steps]``, float64."""
-    weights = torch.tensor(levels, dtype=torch.float64).square()
-    return weights / weights.sum()
-
-
-def damage(output: Any, temporal: Any) -> Any:
-    """Damage by squared relative errors of a site's output and of its change between frames."""
-    return output + TEMPORAL * temporal
 
 
 def search(problem: Problem, density: float) -> list[Found]:
@@ -232,18 +252,20 @@ def site_options(problem: Problem, site: str, schedule: tuple[int, ...]) -> list
     """Everything a site may do under a schedule; to stay dense comes first."""
     steps, lead = len(problem.levels), schedule[0]
     span = steps - lead
-    weights = step_weights(problem.levels)
+    weights = problem.judge.weights(problem.levels)
     options = [Option(None, False, 0.0, float(span), 0.0)]
     for own in problem.errors[site]:
         moved = float(weights[lead:].sum())
-        done = moved * damage(own.output**2, own.temporal**2)
+        done = moved * problem.judge.damage(own.output**2, own.temporal**2)
         options.append(Option(own.rule, False, done, own.density * span, own.output))
     latest, at = _reused(schedule, steps)
     for reused in problem.reuse[site]:
         output = float((weights[at] * reused.output[latest, at]).sum())
         temporal = float((weights[at] * reused.temporal[latest, at]).sum())
         cost = reused.density * span + len(schedule)
-        options.append(Option(reused.rule, True, damage(output, temporal), cost, output**0.5))
+        options.append(
+            Option(reused.rule, True, problem.judge.damage(output, temporal), cost, output**0.5)
+        )
     return options
 
 
@@ -257,22 +279,22 @@ def _reused(schedule: tuple[int, ...], steps: int) -> tuple[list[int], list[int]
 
 def _mean_drift(problem: Problem) -> Tensor:
     """Damage of step t with the residuals of step s, mean over rules, summed over sites."""
-    weights = step_weights(problem.levels)
+    weights = problem.judge.weights(problem.levels)
     total = torch.zeros(len(weights), len(weights), dtype=torch.float64)
     for reused in problem.reuse.values():
         for own in reused:
-            total += damage(own.output, own.temporal) * weights / len(reused)
+            total += problem.judge.damage(own.output, own.temporal) * weights / len(reused)
     return total
 
 
 def _total(problem: Problem, choice: Mapping[str, Option]) -> Tensor:
     """Damage of step t with the residuals of step s, ``[steps, steps]``, over all sites."""
-    weights = step_weights(problem.levels)
+    weights = problem.judge.weights(problem.levels)
     total = torch.zeros(len(weights), len(weights), dtype=torch.float64)
     for site, option in choice.items():
         if option.reuses:
             own = next(one for one in problem.reuse[site] if one.rule == option.rule)
-            total += damage(own.output, own.temporal) * weights
+            total += problem.judge.damage(own.output, own.temporal) * weights
     return total
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evdit_opt.calibrate.reuse_search import Problem, cheapest_within, damage, search, step_weights
+from evdit_opt.calibrate.reuse_search import EARLY, STEADY, Problem, cheapest_within, search
 from evdit_opt.calibrate.site_record import CandidateError, ReuseError
 from evdit_opt.masks import CACHED, Rule
 
@@ -64,7 +64,7 @@ def test_every_limit_holds(sites, steps, seed, density, max_reusing, max_rules):
 @settings(max_examples=25)
 def test_two_sites_and_a_few_steps_come_close_to_trying_everything(seed):
     given_, density = problem(2, 5, seed), 0.45
-    weights = step_weights(given_.levels)
+    weights, damage = EARLY.weights(given_.levels), EARLY.damage
     best = float("inf")
     for first in range(3):
         for later in product([False, True], repeat=5 - first - 1):
@@ -110,6 +110,7 @@ def test_a_threshold_bounds_every_site_and_takes_the_cheapest():
     assert loose.density < tight.density
 
 
-def test_steps_weigh_as_the_square_of_their_noise():
-    weights = step_weights((1000.0, 900.0, 400.0))
+def test_judges_weigh_steps_by_their_noise_or_its_change():
+    weights = EARLY.weights((1000.0, 900.0, 400.0))
+    assert STEADY.weights((1000.0, 900.0, 400.0)).tolist() == pytest.approx([0.1, 0.5, 0.4])
     assert weights.tolist() == pytest.approx([100 / 197, 81 / 197, 16 / 197])
