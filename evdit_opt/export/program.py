@@ -114,8 +114,7 @@ def _require_exportable(plan: Plan) -> None:
     if plan.reuse is not None:
         raise PlanMismatchError(
             "expected a plan without residual reuse, which keeps tensors from step to step outside "
-            "of the graph; make one with Config(reuse=False), or pass dataclasses.replace(plan, "
-            "reuse=None)"
+            "of the graph; make one with Config(reuse=False)"
         )
 
 
