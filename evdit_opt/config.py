@@ -25,7 +25,8 @@ class Config:
             ``||sparse - dense|| / ||dense||``, at which a rule is accepted. No unit. Larger is
             faster and further from the dense video.
         density: kept share of token pairs, mean over sites and steps, 0 to 1, to search for
-            instead. None: ``threshold`` decides.
+            instead. None: the lowest density at which some plan keeps ``threshold`` at every site;
+            kinds of plan are then compared at that density.
         references: numbers of reference frames k to try.
         windows: numbers of frames kept on each side of the diagonal to try.
         weightings: how kept reference tiles are weighted, see ``Rule.weighting``.
@@ -37,8 +38,9 @@ class Config:
             reused, best as many as you will use: they are renewed at fixed noise levels, so a run
             of more steps is faster, and one of fewer slower, than calibrated.
         reuse: whether sites may keep what their mask drops from step to step (pipelines only).
-        reuse_memory: GiB that all kept residuals together may take on the model's device; None: a
-            quarter of its memory. 0: as ``reuse=False``.
+        reuse_memory: GiB that the residuals of one run (all sites and guidance branches) may take
+            on the model's device; None: a quarter of its memory. 0: as ``reuse=False``. Runs that
+            interleave, or whose conditioning is kept alive, hold theirs besides, up to four.
         trial_prompts: how many calibration prompts (or calls) every candidate plan is run on, end
             to end, to choose between weightings and between searched and uniform masks.
         verify_prompts: how many of the given prompts (the last ones) are kept from the search, to
