@@ -1,6 +1,7 @@
 """Attention as people write it without diffusers; each fits ``ToyDiT(attention=...)``."""
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 HEADS = 2
 
 
-class Spelled(nn.Module):
+class Spelled(nn.Module, ABC):
     """Projections of its own, products and softmax in its own way.
 
     ``bias`` is for the reference run of a test: what to add to the scores.
@@ -26,8 +27,9 @@ class Spelled(nn.Module):
         context = x if context is None else context
         return self.out(self.attend(self.q(x), self.k(context), self.v(context)))
 
+    @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Attention as this flavour spells it; all ``[batch, seq, dim]``."""
 
     def biased(self, scores: Tensor) -> Tensor:
         return scores if self.bias is None else scores + self.bias
