@@ -28,8 +28,13 @@ def script(name: str) -> ModuleType:
             "docs/residual_reuse.md",
             "benchmarks/results/cpu/residual_reuse_20_steps.json",
         ),
+        (
+            "quote_tiles",
+            "docs/attention_tiles.md",
+            "benchmarks/results/cpu/tinywan_tiles.json",
+        ),
     ],
-    ids=["demo", "residual reuse"],
+    ids=["demo", "residual reuse", "tiles"],
 )
 def test_the_block_is_what_the_report_says(name: str, page: str, report: str) -> None:
     quoting = script(name)

@@ -5,10 +5,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evdit_opt.calibrate.record import TIMESTEP
 from evdit_opt.calibrate.reuse_search import Found
 from evdit_opt.calibrate.search import Choice, Errors
 from evdit_opt.calibrate.site_record import CandidateError
+from evdit_opt.calibrate.steps import TIMESTEP
 from evdit_opt.calibrate.survey import Survey
 from evdit_opt.config import Config
 from evdit_opt.masks import Rule

@@ -1,75 +1,33 @@
 """Where a model's attention goes: Efficient-vDiT's Figure 1 as numbers, for any model.
 
 The paper (arXiv 2502.06155, section 3) sees attention concentrate in the tiles of the diagonal, the
-own frame, and the others repeat. Here: the share of attention by tile, per layer and head, from
-dense runs of some prompts. Only a few queries of every frame are looked at and only sums are kept,
-so memory is linear in the sequence (see ``parts.py``).
+own frame, sees the others repeat, and the same keys matter for any data. Here, per layer and head,
+from dense runs of some prompts: the share of attention by tile (``parts.py``), how alike tiles are
+and how far the keys that matter are the same ones (``pattern.py``). Only a few queries are looked
+at, so memory is linear in the sequence.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from statistics import median
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from evdit_opt.apply import is_optimized
-from evdit_opt.calibrate.record import record
-from evdit_opt.calibrate.stage import staged
+from evdit_opt.calibrate.figures import SiteFigures, site_figures
+from evdit_opt.calibrate.pattern import Pattern, PatternRecord
+from evdit_opt.calibrate.site_record import SiteRecord
+from evdit_opt.calibrate.stage import Stage, staged
+from evdit_opt.calibrate.steps import Steps
 from evdit_opt.calibrate.survey import survey_attention
 from evdit_opt.config import Config
-from evdit_opt.errors import AlreadyOptimizedError
-from evdit_opt.grid import TokenLayout, VideoGrid
-from evdit_opt.models import Item, as_denoiser
+from evdit_opt.errors import AlreadyOptimizedError, CalibrationError
+from evdit_opt.grid import VideoGrid
+from evdit_opt.models import Item, as_denoiser, require_finite
+from evdit_opt.progress import track
 from evdit_opt.strict_json import dump
 from evdit_opt.versions import installed_versions
 
-__all__ = ["HeadMass", "Measurement", "SiteMass", "measure_attention", "site_masses"]
-
-FAR = 3.5
-"""Modified z-score beyond which a layer is out of line (Iglewicz and Hoaglin, 1993)."""
-
-LEAST_SPREAD = 0.01
-"""Mass. Layers that agree better than this count as if they differed by so much."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadMass:
-    """Where the queries of one head look, mean over frames, positions, batch and calls.
-
-    Attributes:
-        in_frame: share of attention on the query's own frame.
-        by_distance: share on all frames 0, 1, .. frames - 1 away; the first is ``in_frame``.
-        text: share on the tokens before and after the video.
-    """
-
-    in_frame: float
-    by_distance: tuple[float, ...]
-    text: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteMass:
-    """Where the queries of one layer look; sums to 1 over ``by_distance`` and ``text``.
-
-    Attributes:
-        name: of the site.
-        in_frame: mean over heads.
-        by_distance: mean over heads.
-        text: mean over heads.
-        even: what ``in_frame`` would be if every token got the same share.
-        breaks_pattern: True if ``in_frame`` is far from that of the other layers.
-        tiles: mean over heads, share by query frame (row) and key frame (column).
-        heads: the same figures head by head.
-    """
-
-    name: str
-    in_frame: float
-    by_distance: tuple[float, ...]
-    text: float
-    even: float
-    breaks_pattern: bool
-    tiles: tuple[tuple[float, ...], ...]
-    heads: tuple[HeadMass, ...]
+__all__ = ["Measurement", "measure_attention"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +47,7 @@ class Measurement:
     grid: VideoGrid
     prompts: int
     steps: int
-    sites: tuple[SiteMass, ...]
+    sites: tuple[SiteFigures, ...]
     versions: tuple[tuple[str, str], ...]
 
     def to_json(self) -> str:
@@ -119,79 +77,51 @@ def measure_attention(
         )
     survey = survey_attention(denoiser, config.grid)
     with staged(denoiser, survey.layouts, survey.scoped) as stage:
-        found = record(stage, denoiser.items, _without_candidates(config), survey.grid_source.input)
+        mass, patterns = _listen(stage, denoiser.items, config, survey.grid_source.input)
     return Measurement(
         model=type(denoiser.model).__name__,
         grid=survey.grid,
         prompts=len(denoiser.items),
         steps=config.calib_steps if denoiser.makes_video else 1,
-        sites=site_masses(found.mass, survey.layouts),
+        sites=site_figures(mass, patterns, survey.layouts),
         versions=tuple(sorted(installed_versions().items())),
     )
 
 
-def site_masses(
-    mass: Mapping[str, Tensor], layouts: Mapping[str, TokenLayout]
-) -> tuple[SiteMass, ...]:
-    """The figures of every site.
+def _listen(
+    stage: Stage, items: Sequence[Item], config: Config, video: str
+) -> tuple[dict[str, Tensor], dict[str, Pattern]]:
+    """Run all items; the share of attention by tile, and the patterns, of every site."""
+    masses = {
+        name: SiteRecord(layout, (), seed=config.seed + n)
+        for n, (name, layout) in enumerate(stage.layouts.items())
+    }
+    patterns = {
+        name: PatternRecord(layout, seed=config.seed + n)
+        for n, (name, layout) in enumerate(stage.layouts.items())
+    }
+    steps = Steps(stage.denoiser, video)
+    compared = {0, config.calib_steps // 2, config.calib_steps - 1}
 
-    Args:
-        mass: per site ``[heads, frames, parts]``, share of attention of each query frame by part:
-            the frames and, where there is text, all of it. Rows sum to 1.
-        layouts: of the same sites.
-    """
-    own = {name: _heads(tiles.double(), layouts[name].grid.frames) for name, tiles in mass.items()}
-    in_frame = [_mean([head.in_frame for head in heads]) for heads in own.values()]
-    breaks = _far_from_the_others(in_frame)
-    return tuple(
-        SiteMass(
-            name=name,
-            in_frame=in_frame[n],
-            by_distance=tuple(map(_mean, zip(*(head.by_distance for head in heads), strict=True))),
-            text=_mean([head.text for head in heads]),
-            even=layouts[name].grid.tokens_per_frame / layouts[name].seq_len,
-            breaks_pattern=breaks[n],
-            tiles=_rows(mass[name], layouts[name].grid.frames),
-            heads=heads,
-        )
-        for n, (name, heads) in enumerate(own.items())
+    def attend(
+        name: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, scale: float | None
+    ) -> None:
+        for tensor, what in ((q, "queries"), (k, "keys"), (v, "values")):
+            require_finite(tensor, f"the {what} at {name}")
+        masses[name].add(q, k, v, attn_mask, scale)
+        if steps.step in compared:
+            patterns[name].add(q, k, attn_mask, scale, steps.step, steps.branch)
+
+    with stage.playing(attend, steps.listen):
+        for n, item in enumerate(track(items, "measuring", config.progress)):
+            stage.denoiser.run(item, config.seed + n, config.calib_steps)
+            steps.end_run()
+            for one in patterns.values():
+                one.end_run()
+    unseen = [name for name, one in masses.items() if one.calls == 0]
+    if unseen:
+        raise CalibrationError(f"expected every site to run, these never did: {', '.join(unseen)}")
+    return (
+        {name: one.mass() for name, one in masses.items()},
+        {name: one.pattern() for name, one in patterns.items()},
     )
-
-
-def _heads(mass: Tensor, frames: int) -> tuple[HeadMass, ...]:
-    tiles, text = mass[..., :frames], mass[..., frames:]
-    distances = []
-    for distance in range(frames):
-        total = tiles.diagonal(distance, 1, 2).sum(-1)
-        if distance:
-            total = total + tiles.diagonal(-distance, 1, 2).sum(-1)
-        distances.append(total / frames)
-    by_head = zip(*(one.tolist() for one in distances), strict=True)
-    on_text = text.sum(-1).mean(-1).tolist()
-    return tuple(
-        HeadMass(in_frame=shares[0], by_distance=shares, text=own_text)
-        for shares, own_text in zip(by_head, on_text, strict=True)
-    )
-
-
-def _rows(mass: Tensor, frames: int) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(row) for row in mass[..., :frames].double().mean(0).tolist())
-
-
-def _far_from_the_others(values: Sequence[float]) -> list[bool]:
-    """Which values are outliers, by the median distance from the median."""
-    middle = median(values)
-    spread = max(1.4826 * median(abs(value - middle) for value in values), LEAST_SPREAD)
-    return [abs(value - middle) / spread > FAR for value in values]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _without_candidates(config: Config) -> Config:
-    """Recording measures candidates too; one is the fewest there can be."""
-    return replace(
-        config, references=(1,), windows=(0,), weightings=("none",), spacings=("paper",),
-        max_density=1.0, reuse=False,
-    )  # fmt: skip

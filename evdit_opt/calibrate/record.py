@@ -1,25 +1,20 @@
 """Run the dense model on calibration items and measure every candidate on what each site sees."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from evdit_opt.calibrate.candidates import candidate_rules, reused_rules
 from evdit_opt.calibrate.site_record import CandidateError, ReuseError, SiteRecord
 from evdit_opt.calibrate.stage import Stage
+from evdit_opt.calibrate.steps import Steps
 from evdit_opt.config import Config
 from evdit_opt.errors import CalibrationError
-from evdit_opt.generations import Generation, Generations
 from evdit_opt.models import Item, require_finite
 from evdit_opt.progress import track
 
-__all__ = ["TIMESTEP", "Recording", "record"]
-
-TIMESTEP = "timestep"
-"""The parameter of a denoiser's forward that holds the noise level, in all of diffusers."""
+__all__ = ["Recording", "record"]
 
 
 @dataclass(frozen=True)
@@ -45,23 +40,6 @@ class Recording:
     results: Sequence[Tensor]
 
 
-class _Steps:
-    """Which generation and step the running call belongs to."""
-
-    def __init__(self, video: str, timed: bool) -> None:
-        self.generations = Generations(video, TIMESTEP) if timed else None
-        self.now: Generation | None = None
-        self.levels: dict[int, float] = {}
-        self.seen: set[int] = set()  # generations of this run
-
-    def listen(self, arguments: Mapping[str, Any]) -> None:
-        if self.generations is None:
-            return
-        self.now = self.generations.begin(arguments)
-        self.levels.setdefault(self.now.step, self.now.level)
-        self.seen.add(id(self.now))
-
-
 def record(stage: Stage, items: Sequence[Item], config: Config, video: str) -> Recording:
     """Dense runs of all items, with every forward measured.
 
@@ -76,10 +54,8 @@ def record(stage: Stage, items: Sequence[Item], config: Config, video: str) -> R
         CalibrationError: if a site was never reached.
     """
     denoiser = stage.denoiser
-    timed = (
-        denoiser.makes_video and TIMESTEP in inspect.signature(denoiser.model.forward).parameters
-    )
-    reuse = timed and config.reuse
+    steps = Steps(denoiser, video)
+    reuse = steps.timed and config.reuse
     sites = {
         name: SiteRecord(
             layout,
@@ -89,7 +65,6 @@ def record(stage: Stage, items: Sequence[Item], config: Config, video: str) -> R
         )
         for number, (name, layout) in enumerate(stage.layouts.items())
     }
-    steps = _Steps(video, timed)
     residual_bytes: dict[str, int] = {}
 
     def measure(
@@ -98,9 +73,7 @@ def record(stage: Stage, items: Sequence[Item], config: Config, video: str) -> R
         for tensor, what in ((q, "queries"), (k, "keys"), (v, "values")):
             require_finite(tensor, f"the {what} at {name}")
         residual_bytes[name] = q.numel() * q.element_size()
-        now = steps.now
-        generation, step = (None, 0) if now is None else (id(now), now.step)
-        sites[name].add(q, k, v, attn_mask, scale, generation, step)
+        sites[name].add(q, k, v, attn_mask, scale, steps.branch, steps.step)
 
     results, branches = [], 1
     with stage.playing(measure, steps.listen):
@@ -108,8 +81,8 @@ def record(stage: Stage, items: Sequence[Item], config: Config, video: str) -> R
             results.append(denoiser.run(item, config.seed + index, config.calib_steps))
             for site in sites.values():
                 site.end_run()
-            branches = max(branches, len(steps.seen))
-            steps.seen.clear()
+            branches = max(branches, steps.branches)
+            steps.end_run()
     unseen = [name for name, site in sites.items() if site.calls == 0]
     if unseen:
         raise CalibrationError(

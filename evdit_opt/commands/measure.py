@@ -21,9 +21,10 @@ from evdit_opt.errors import UnsupportedInputError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from evdit_opt.calibrate.figures import Overlap
     from evdit_opt.calibrate.measure import Measurement
 
-__all__ = ["measure", "table"]
+__all__ = ["measure", "repeats", "table"]
 
 SHOWN_DISTANCES = (1, 4, 16)  # more do not fit 80 columns; JSON has all
 
@@ -52,7 +53,11 @@ def measure(
         bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
     ] = False,
 ) -> None:
-    """Measure where each layer's attention goes: own frame, other frames by distance, text."""
+    """Measure where each layer's attention goes, and how far that repeats.
+
+    Own frame, other frames by distance, text; how alike tiles are; whether the keys that matter are
+    those of other prompts, steps and guidance branches.
+    """
     import torch
 
     from evdit_opt.calibrate.measure import measure_attention
@@ -77,6 +82,7 @@ def measure(
             sys.stdout.write(measured.to_json())
         else:
             console.print(table(measured))
+            console.print(repeats(measured))
             if found.made_up:
                 console.print("The inputs were random: only a pipeline's say where it looks.")
 
@@ -95,7 +101,7 @@ def table(measured: "Measurement") -> "Table":
         f"x {grid.width} tokens",
         caption=f"{measured.prompts} prompts, {measured.steps} steps; mean over heads, queries and "
         "calls. own: on the own frame; heads: of the lowest to the highest head; even: were every "
-        "token alike; +-n: on frames n away; breaks: own far from that of the other layers",
+        "token alike; +-n: on frames n away",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
@@ -103,7 +109,6 @@ def table(measured: "Measurement") -> "Table":
     found.add_column("layer", overflow="fold")
     for column in ("own", "heads", "even", *(f"+-{n}" for n in distances), "text"):
         found.add_column(column, justify="right", no_wrap=True)
-    found.add_column("", no_wrap=True)
     for site in measured.sites:
         heads = [head.in_frame for head in site.heads]
         found.add_row(
@@ -113,9 +118,42 @@ def table(measured: "Measurement") -> "Table":
             f"{site.even:.3f}",
             *(f"{site.by_distance[distance]:.3f}" for distance in distances),
             f"{site.text:.3f}",
-            "breaks" if site.breaks_pattern else "",
         )
     return found
+
+
+def repeats(measured: "Measurement") -> "Table":
+    """How far the attention of every layer repeats, to print."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    found = Table(
+        title="how far it repeats",
+        caption="alike: cosine between off-diagonal tiles; keys: how many of all hold 90% of a "
+        "query's attention; prompts, steps, guidance: how much of it the 90% keys of another one "
+        "catch, and their intersection over union; breaks: what is far from the other layers",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    found.add_column("layer", overflow="fold")
+    for column in ("alike", "keys", "prompts", "steps", "guidance"):
+        found.add_column(column, justify="right", no_wrap=True)
+    found.add_column("breaks", no_wrap=True)
+    for site in measured.sites:
+        held = site.sets[0]
+        found.add_row(
+            escape(site.name),
+            "-" if site.similarity is None else f"{site.similarity:.3f}",
+            f"{held.keys:.3f}",
+            *map(_overlap, (held.prompts, held.timesteps, held.branches)),
+            ", ".join(site.breaks),
+        )
+    return found
+
+
+def _overlap(found: "Overlap | None") -> str:
+    return "-" if found is None else f"{found.caught:.2f} {found.iou:.2f}"
 
 
 def _make_folder(out: Path) -> None:

@@ -13,10 +13,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from evdit_opt import apply_plan, restore
-from evdit_opt.calibrate.measure import SiteMass, measure_attention, site_masses
+from evdit_opt.calibrate.figures import SiteFigures, site_figures
+from evdit_opt.calibrate.measure import measure_attention
+from evdit_opt.calibrate.pattern import Pattern, PatternRecord
 from evdit_opt.calibrate.site_record import SiteRecord
 from evdit_opt.cli import app
-from evdit_opt.commands.measure import table
+from evdit_opt.commands.measure import repeats, table
 from evdit_opt.config import Config
 from evdit_opt.errors import AlreadyOptimizedError
 from evdit_opt.grid import TokenLayout, VideoGrid
@@ -26,11 +28,13 @@ from tests.models.toy_dit import make_plan, toy, toy_inputs, toy_rules
 TOY = "tests.inspection.toys:good"
 
 
-def measured(q: torch.Tensor, k: torch.Tensor, layout: TokenLayout) -> SiteMass:
+def measured(q: torch.Tensor, k: torch.Tensor, layout: TokenLayout) -> SiteFigures:
     """What a recording of one call says; frames are small enough for every query to be sampled."""
     record = SiteRecord(layout, ())
     record.add(q, k, torch.randn_like(k))
-    return site_masses({"site": record.mass()}, {"site": layout})[0]
+    pattern = PatternRecord(layout)
+    pattern.add(q, k)
+    return site_figures({"site": record.mass()}, {"site": pattern.pattern()}, {"site": layout})[0]
 
 
 @st.composite
@@ -100,8 +104,24 @@ def with_own_frame(share: float, frames: int = 5) -> torch.Tensor:
 def test_a_layer_out_of_line_is_noticed(shares: list[float], breaking: list[int]) -> None:
     layout = TokenLayout(VideoGrid(5, 1, 1))
     mass = {str(n): with_own_frame(share) for n, share in enumerate(shares)}
-    found = site_masses(mass, dict.fromkeys(mass, layout))
-    assert [n for n, site in enumerate(found) if site.breaks_pattern] == breaking
+    found = site_figures(mass, dict.fromkeys(mass, repeating()), dict.fromkeys(mass, layout))
+    assert [n for n, site in enumerate(found) if site.breaks == ("own frame",)] == breaking
+    assert sum(len(site.breaks) for site in found) == len(breaking)
+
+
+def repeating(similarity: float = 0.9, caught: float | None = None) -> Pattern:
+    """What two heads found; ``caught`` by the 90% set of another prompt."""
+    sets = {} if caught is None else {"prompts": torch.full((2, 3), caught)}
+    return Pattern(torch.full((2,), similarity), torch.full((2, 3), 0.1), sets, sets)
+
+
+def test_a_layer_that_repeats_less_than_others_is_noticed() -> None:
+    layout = TokenLayout(VideoGrid(5, 1, 1))
+    patterns = {"0": repeating(0.9, 0.8), "1": repeating(0.2, 0.81), "2": repeating(0.91, 0.3)}
+    patterns |= {"3": repeating(0.9, 0.8), "4": repeating(0.9, 0.8)}
+    mass = dict.fromkeys(patterns, with_own_frame(0.5))
+    found = site_figures(mass, patterns, dict.fromkeys(patterns, layout))
+    assert [site.breaks for site in found] == [(), ("similarity",), ("prompts",), (), ()]
 
 
 def test_a_model_with_a_plan_is_refused() -> None:
@@ -113,17 +133,37 @@ def test_a_model_with_a_plan_is_refused() -> None:
     restore(model)
 
 
-def test_a_whole_model_and_its_table() -> None:
-    found = measure_attention(toy(2), [toy_inputs()], Config(progress=False))
+def other_inputs() -> dict[str, Any]:
+    return {name: -value for name, value in toy_inputs().items()}
+
+
+def test_a_whole_model_and_its_tables() -> None:
+    found = measure_attention(toy(2), [toy_inputs(), other_inputs()], Config(progress=False))
     torch._dynamo.reset()
     assert [site.name for site in found.sites] == ["blocks.0.attn1", "blocks.1.attn1"]
-    assert (found.prompts, found.steps) == (1, 1)
+    assert (found.prompts, found.steps) == (2, 1)
+    first = found.sites[0]
     shown = table(found)
-    assert [c.header for c in shown.columns] == ["layer", "own", "heads", "even", "+-1", "text", ""]
+    assert [c.header for c in shown.columns] == ["layer", "own", "heads", "even", "+-1", "text"]
+    held = first.sets[0]
+    assert held.prompts is not None
+    assert (held.timesteps, held.branches) == (None, None)
     console = Console(width=80)
     with console.capture() as printed:
         console.print(shown)
-    assert f"blocks.0.attn1   {found.sites[0].in_frame:.3f}" in printed.get()  # fits
+        console.print(repeats(found))
+    assert f"blocks.0.attn1   {first.in_frame:.3f}" in printed.get()  # fits
+    row = f"{first.similarity:.3f}   {held.keys:.3f}   {held.prompts.caught:.2f}"
+    assert row in printed.get()
+
+
+def test_the_same_call_twice_repeats_itself() -> None:
+    found = measure_attention(toy(1), [toy_inputs(), toy_inputs()], Config(progress=False))
+    torch._dynamo.reset()
+    for held in found.sites[0].sets:
+        assert held.prompts is not None
+        assert held.prompts.iou == 1.0
+        assert held.share - 1e-6 <= held.prompts.caught <= 1.0 + 1e-6
 
 
 def test_the_command_writes_a_table_json_and_a_picture(tmp_path: Path) -> None:
