@@ -6,6 +6,7 @@ A message says what was expected, what came, and what to do about it.
 __all__ = [
     "AlreadyOptimizedError",
     "CalibrationError",
+    "DistillationError",
     "EvditError",
     "LayoutError",
     "MaskError",
@@ -66,6 +67,10 @@ class NonFiniteOutputError(CalibrationError):
 
 class SchedulerError(EvditError, ValueError):
     """A few-step schedule is not well formed, or its scheduler is used out of order."""
+
+
+class DistillationError(EvditError, RuntimeError):
+    """Training cannot start or go on; what was trained so far is kept where the message says."""
 
 
 class QualityFloorError(CalibrationError):

@@ -145,7 +145,11 @@ def quieter_level(scheduler: Any, point: int, gamma: float) -> tuple[float, floa
 
 
 def clean_and_noise(
-    kind: str, output: torch.Tensor, sample: torch.Tensor, alpha: float, sigma: float
+    kind: str,
+    output: torch.Tensor,
+    sample: torch.Tensor,
+    alpha: float | torch.Tensor,
+    sigma: float | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a model's output says about the clean sample and the noise in ``sample``.
 
@@ -153,8 +157,9 @@ def clean_and_noise(
         kind: one of ``PREDICTIONS``; the velocity of "flow_prediction" points towards the noise.
         output: the model's, any shape, float32 or float64.
         sample: ``alpha * clean + sigma * noise``, of the same shape and dtype.
-        alpha: at the sample's level; not 0 for "epsilon".
-        sigma: at the sample's level; not 0 for "sample".
+        alpha: at the sample's level, or at each sample's (a tensor that broadcasts); not 0 for
+            "epsilon".
+        sigma: the same; not 0 for "sample".
 
     Returns:
         clean and noise, of the same shape and dtype.
@@ -166,7 +171,10 @@ def clean_and_noise(
     if kind == "flow_prediction":
         return sample - sigma * output, sample + alpha * output
     # The velocity belongs to the sample scaled to unit variance: length is 1 unless exploding.
-    length = math.hypot(alpha, sigma)
+    if isinstance(alpha, torch.Tensor) and isinstance(sigma, torch.Tensor):
+        length: Any = torch.hypot(alpha, sigma)
+    else:
+        length = math.hypot(alpha, sigma)
     clean = (alpha / length**2) * sample - (sigma / length) * output
     return clean, (sigma / length**2) * sample + (alpha / length) * output
 

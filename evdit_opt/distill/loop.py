@@ -1,0 +1,316 @@
+"""The training loop, on accelerate: one process or many; killed at any moment, it goes on.
+
+What a step does is a pure function of (weights, step): samples are numbered through the whole
+training, and their number is all that a loss may draw random numbers from. So a checkpoint needs
+weights, optimizer and the step, a resumed run on one CPU process repeats the uninterrupted one bit
+for bit, and two processes see the same global batch as one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from evdit_opt.errors import DistillationError
+
+__all__ = ["Losses", "Numbers", "TrainingConfig", "load_state", "save_atomically", "train"]
+
+logger = logging.getLogger(__name__)
+
+STATE, LOG = "state.pt", "log.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Numbers:
+    """Which samples of the training a loss is asked for."""
+
+    step: int
+    """The same in all processes, so what it decides (a clip length) is shared by the batch."""
+    samples: tuple[int, ...]
+    """Counted through the whole training; no two steps or processes share one."""
+
+
+Losses = Callable[[nn.Module, Numbers], Mapping[str, torch.Tensor]]
+"""Means over the samples asked for; "loss" is what is trained on, the others are logged."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """How a stage is trained.
+
+    Attributes:
+        steps: optimizer steps.
+        batch: samples a forward, in each process.
+        accumulate: forwards a step.
+        learning_rate: the highest.
+        warmup: steps of its linear rise.
+        decay_from: step from which it falls linearly to a fiftieth; None: it never falls.
+        betas: of AdamW.
+        weight_decay: of AdamW.
+        clip: largest norm of the gradient.
+        average: decay of a moving average of the weights, kept beside them; None: none.
+        bf16: compute in bfloat16 where autocast does; weights and optimizer stay as they are.
+        checkpointing: recompute activations in the backward, as diffusers models offer it.
+        save_every: steps between checkpoints.
+    """
+
+    steps: int
+    batch: int = 4
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    warmup: int = 20
+    decay_from: int | None = None
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    average: float | None = None
+    bf16: bool = False
+    checkpointing: bool = False
+    save_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "save_every"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise DistillationError(f"expected {name} to be an integer above 0, got {value!r}")
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise DistillationError(f"expected {name} above 0, got {getattr(self, name)!r}")
+        if self.average is not None and not 0 <= self.average < 1:
+            raise DistillationError(f"expected average in [0, 1), got {self.average!r}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step: warm up, hold, then fall linearly to a fiftieth."""
+        fall = 1.0
+        if self.decay_from is not None and step > self.decay_from:
+            fall = 0.02 + 0.98 * (self.steps - step) / max(1, self.steps - self.decay_from)
+        return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup), fall)
+
+
+def train(
+    model: nn.Module,
+    losses: Losses,
+    config: TrainingConfig,
+    folder: Path,
+    stop: Callable[[int], bool] = lambda step: False,
+) -> Iterator[dict[str, Any]]:
+    """Train the parameters of ``model`` that require gradients; go on from ``folder`` if it can.
+
+    Args:
+        model: changed in place.
+        losses: see `Losses`; called with the model as accelerate wraps it.
+        config: a checkpoint of another one is refused, but for ``save_every``.
+        folder: holds ``state.pt``, which is always a whole checkpoint, and ``log.jsonl``, a line a
+            step.
+        stop: asked after each step; True saves and ends early.
+
+    Yields:
+        The record of each step, as logged: step, samples, seconds, learning rate, every loss.
+
+    Raises:
+        DistillationError: nothing to train, a checkpoint of another run, or a loss that is not
+            finite; the last checkpoint stays as it is.
+    """
+    from accelerate import Accelerator
+
+    # Its settings are one per process; those that differ from stage to stage are ours.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.bf16)
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    if not trained:
+        raise DistillationError("expected parameters that require gradients, the model has none")
+    if config.checkpointing:
+        _checkpoint_activations(model)
+    optimizer = torch.optim.AdamW(
+        trained.values(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay
+    )
+    state = _State(trained, optimizer, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    state.restore(folder)
+    if accelerator.is_main_process:
+        _forget_after(folder / LOG, state.step)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    per_process = config.batch * config.accumulate
+    started = time.monotonic() - state.seconds
+    while state.step < config.steps:
+        for group in optimizer.param_groups:
+            group["lr"] = config.rate(state.step)
+        first = (state.step * accelerator.num_processes + accelerator.process_index) * per_process
+        totals: dict[str, float] = {}
+        for micro in range(config.accumulate):
+            begin = first + micro * config.batch
+            numbers = Numbers(step=state.step, samples=tuple(range(begin, begin + config.batch)))
+            last = micro + 1 == config.accumulate
+            with nullcontext() if last else accelerator.no_sync(wrapped):
+                with autocast:
+                    found = losses(wrapped, numbers)
+                (found["loss"] / config.accumulate).backward()
+            for name, value in found.items():
+                mean = accelerator.reduce(value.detach().float(), reduction="mean")
+                totals[name] = totals.get(name, 0.0) + float(mean) / config.accumulate
+        norm = float(accelerator.clip_grad_norm_(list(trained.values()), config.clip))
+        if not (math.isfinite(totals["loss"]) and math.isfinite(norm)):
+            raise DistillationError(
+                f"expected a finite loss, got {totals['loss']} (gradient norm {norm}) at step "
+                f"{state.step}; {_kept(folder)} lower the learning rate or turn bf16 off"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        state.step += 1
+        state.seconds = time.monotonic() - started
+        state.update_average()
+        record = {
+            "step": state.step,
+            "samples": state.step * per_process * accelerator.num_processes,
+            "seconds": round(state.seconds, 2),
+            "learning_rate": config.rate(state.step - 1),
+            "gradient_norm": norm,
+            **totals,
+        }
+        done = state.step == config.steps or stop(state.step)
+        if accelerator.is_main_process:
+            with (folder / LOG).open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            if done or state.step % config.save_every == 0:
+                save_atomically(folder / STATE, state.content())
+        yield record
+        if done:
+            break
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+
+
+def load_state(folder: Path) -> dict[str, Any] | None:
+    """The last checkpoint in a folder; None if there is none.
+
+    Raises:
+        DistillationError: if it cannot be read.
+    """
+    path = folder / STATE
+    if not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        raise DistillationError(
+            f"expected a checkpoint in {path}, cannot read it: {error}"
+        ) from error
+    return state
+
+
+def save_atomically(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a file so that ``path`` always holds a whole one, also after kill -9 or a full disk."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise DistillationError(
+            f"expected to write {path}: {error}; {_kept(path.parent)} make room and start again"
+        ) from error
+
+
+class _State:
+    """What a checkpoint holds."""
+
+    def __init__(
+        self, trained: dict[str, nn.Parameter], optimizer: Any, config: TrainingConfig
+    ) -> None:
+        self.trained, self.optimizer, self.config = trained, optimizer, config
+        self.average = None
+        if config.average is not None:
+            self.average = {name: value.detach().clone() for name, value in trained.items()}
+        self.step, self.seconds = 0, 0.0
+
+    def content(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "config": _comparable(self.config),
+            "weights": {name: value.detach() for name, value in self.trained.items()},
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def restore(self, folder: Path) -> None:
+        state = load_state(folder)
+        if state is None:
+            return
+        if state["config"] != _comparable(self.config):
+            raise DistillationError(
+                f"expected the settings that {folder / STATE} was begun with, {state['config']}, "
+                f"got {_comparable(self.config)}; go on with those, or choose another folder"
+            )
+        if state["weights"].keys() != self.trained.keys():
+            raise DistillationError(
+                f"expected a checkpoint of the {len(self.trained)} tensors trained here in "
+                f"{folder / STATE}, it holds {len(state['weights'])} others; choose another folder"
+            )
+        with torch.no_grad():
+            for name, value in self.trained.items():
+                value.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average = state["average"]
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        if self.average is None or self.config.average is None:
+            return
+        decay = min(self.config.average, (1 + self.step) / (10 + self.step))
+        for name, value in self.trained.items():
+            self.average[name].lerp_(value.detach().to(self.average[name]), 1 - decay)
+
+
+def _comparable(config: TrainingConfig) -> dict[str, Any]:
+    values = asdict(config)
+    del values["save_every"]
+    return values
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    enable: Any = getattr(model, "enable_gradient_checkpointing", None)
+    if enable is None:
+        raise DistillationError(
+            f"expected a model with enable_gradient_checkpointing, {type(model).__name__} has "
+            "none; set checkpointing=False"
+        )
+    enable()
+
+
+def _forget_after(log: Path, step: int) -> None:
+    """Drop what a killed run logged after its last checkpoint: those steps are done again."""
+    if not log.exists():
+        return
+    kept = []
+    for line in log.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break  # the line a kill cut off; nothing follows it
+    partial = log.with_name(log.name + ".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, log)
+
+
+def _kept(folder: Path) -> str:
+    state = load_state(folder)
+    if state is None:
+        return "no checkpoint was written yet;"
+    return f"the checkpoint of step {state['step']} is kept in {folder / STATE};"

@@ -1,0 +1,197 @@
+"""The training loop: resumed bit for bit, never a damaged checkpoint, one clear error for NaN."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from evdit_opt.distill import loop
+from evdit_opt.distill.loop import Numbers, TrainingConfig, load_state, save_atomically, train
+from evdit_opt.errors import DistillationError
+
+CONFIG = TrainingConfig(
+    steps=7, batch=3, accumulate=2, learning_rate=0.05, warmup=2, decay_from=3, average=0.9,
+    save_every=2,
+)  # fmt: skip
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 4))
+
+
+def losses(model: nn.Module, numbers: Numbers) -> dict[str, torch.Tensor]:
+    rows = [
+        torch.randn(2, 4, generator=torch.Generator().manual_seed(number))
+        for number in numbers.samples
+    ]
+    given, wanted = torch.stack(rows).unbind(1)
+    error = (model(given) - wanted).square().mean()
+    return {"loss": error, "size": given.abs().mean()}
+
+
+def adam_rounding(steps: int) -> float:
+    """How far ``steps`` updates of size 0.01 may differ when gradients differ by roundings.
+
+    Adam moves by the gradient over its size, so a gradient's relative rounding is the step's. Sums
+    over some 64 products of size 1 can leave a gradient a hundredth of that.
+    """
+    return steps * 0.01 * 64 * 100 * torch.finfo(torch.float32).eps
+
+
+def curve(folder: Path) -> list[dict]:
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+@pytest.mark.parametrize("killed_after", [1, 2, 3, 6])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, killed_after: int) -> None:
+    straight, resumed = network(), network()
+    list(train(straight, losses, CONFIG, tmp_path / "straight"))
+    for record in train(network(), losses, CONFIG, tmp_path / "killed"):
+        if record["step"] == killed_after:
+            break  # what is not on disk by now is lost
+    list(train(resumed, losses, CONFIG, tmp_path / "killed"))
+    for one, other in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert curve(tmp_path / "killed") == curve(tmp_path / "straight")
+    ends = [load_state(tmp_path / name) for name in ("straight", "killed")]
+    for name, value in ends[0]["average"].items():
+        assert torch.equal(value, ends[1]["average"][name])
+
+
+def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path: Path) -> None:
+    for record in train(network(), losses, CONFIG, tmp_path):
+        if record["step"] == 5:
+            break
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    list(train(network(), losses, CONFIG, tmp_path))
+    assert [record["step"] for record in curve(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_accumulated_batches_are_one_large_one(tmp_path: Path) -> None:
+    """The same six samples a step; sums of float32 in another order, over seven steps."""
+    whole, parts = network(), network()
+    for name, model, (batch, accumulate) in (
+        ("whole", whole, (6, 1)),
+        ("parts", parts, (3, 2)),
+    ):
+        config = TrainingConfig(steps=7, batch=batch, accumulate=accumulate, learning_rate=0.01)
+        list(train(model, losses, config, tmp_path / name))
+    for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=adam_rounding(7))
+
+
+def test_no_number_is_used_twice(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def noting(model: nn.Module, numbers: Numbers) -> dict[str, torch.Tensor]:
+        seen.extend(numbers.samples)
+        return losses(model, numbers)
+
+    list(train(network(), noting, CONFIG, tmp_path))
+    assert seen == list(range(7 * 6))
+    assert curve(tmp_path)[-1]["samples"] == 42
+
+
+def test_nan_stops_with_the_state_kept(tmp_path: Path) -> None:
+    def breaking(model: nn.Module, numbers: Numbers) -> dict[str, torch.Tensor]:
+        found = losses(model, numbers)
+        return {"loss": found["loss"] * (float("nan") if numbers.step == 5 else 1.0)}
+
+    with pytest.raises(DistillationError, match=r"nan .*at step 5; the checkpoint of step 4"):
+        list(train(network(), breaking, CONFIG, tmp_path))
+    state = load_state(tmp_path)
+    assert state is not None
+    assert state["step"] == 4
+    assert all(bool(value.isfinite().all()) for value in state["weights"].values())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_atomically(tmp_path / "state.pt", {"step": 3, "weights": {}})
+    write = torch.save
+
+    def full(value: object, file) -> None:
+        write({"half": 1}, file)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop.torch, "save", full)
+    with pytest.raises(DistillationError, match=r"No space left.*step 3 is kept"):
+        save_atomically(tmp_path / "state.pt", {"step": 9})
+    monkeypatch.undo()
+    assert load_state(tmp_path)["step"] == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_other_settings_do_not_continue_a_run(tmp_path: Path) -> None:
+    list(train(network(), losses, TrainingConfig(steps=2), tmp_path))
+    with pytest.raises(DistillationError, match="choose another folder"):
+        list(train(network(), losses, TrainingConfig(steps=3), tmp_path))
+    with pytest.raises(DistillationError, match="of the 2 tensors"):
+        list(train(nn.Linear(4, 4), losses, TrainingConfig(steps=2), tmp_path))
+
+
+def test_only_what_requires_gradients_is_trained(tmp_path: Path) -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    before = model[0].weight.clone()
+    list(train(model, losses, TrainingConfig(steps=2, learning_rate=0.1), tmp_path))
+    assert torch.equal(model[0].weight, before)
+    assert set(load_state(tmp_path)["weights"]) == {"2.weight", "2.bias"}
+    with pytest.raises(DistillationError, match="require gradients"):
+        list(train(network().requires_grad_(False), losses, CONFIG, tmp_path / "none"))
+
+
+def test_the_rate_warms_up_and_falls() -> None:
+    config = TrainingConfig(steps=10, learning_rate=1.0, warmup=4, decay_from=5)
+    rates = [config.rate(step) for step in range(10)]
+    assert rates[:6] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert rates[9] == pytest.approx(0.02 + 0.98 / 5)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"steps": 0}, {"steps": 1, "batch": 1.5}, {"steps": 1, "learning_rate": 0.0},
+     {"steps": 1, "average": 1.0}],
+    ids=str,
+)  # fmt: skip
+def test_settings_are_checked(wrong: dict) -> None:
+    with pytest.raises(DistillationError, match="expected"):
+        TrainingConfig(**wrong)
+
+
+def test_bfloat16_computes_and_float32_learns(tmp_path: Path) -> None:
+    config = TrainingConfig(steps=3, learning_rate=0.01, bf16=True)
+    dtypes = set()
+
+    def noting(model: nn.Module, numbers: Numbers) -> dict[str, torch.Tensor]:
+        dtypes.add(model[0](torch.zeros(1, 4)).dtype)
+        return losses(model, numbers)
+
+    model = network()
+    list(train(model, noting, config, tmp_path))
+    assert dtypes == {torch.bfloat16}
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_the_same_global_batch(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("one_run.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    for processes, batch in ((1, 4), (2, 2)):
+        command = [*launch, str(processes), str(script), str(tmp_path / str(processes)), str(batch)]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+    one, two = (load_state(tmp_path / name) for name in ("1", "2"))
+    assert [r["samples"] for r in curve(tmp_path / "2")] == [4 * n for n in range(1, 6)]
+    for name, value in one["weights"].items():
+        # means of two means: a few roundings, which Adam's first steps of size 0.01 scale
+        assert torch.allclose(
+            value, two["weights"][name], rtol=0, atol=5 * 0.01 * 64 * 2**-23 * 100
+        )
