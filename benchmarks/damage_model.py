@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from evdit_opt.calibrate.draft import Drafter
+from evdit_opt.calibrate.prices import kept_pairs
 from evdit_opt.calibrate.record import record
 from evdit_opt.calibrate.reuse_search import Found, Problem, site_options
 from evdit_opt.calibrate.stage import staged
@@ -80,7 +81,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with staged(denoiser, survey.layouts, survey.scoped) as stage:
         found = record(stage, prompts, config, survey.grid_source.input)
-        problem = Problem(found.errors, found.reuse, found.levels, len(found.errors), 100)
+        prices = kept_pairs(found.errors, found.reuse)
+        count = len(found.errors)
+        problem = Problem(found.errors, found.reuse, found.levels, prices, count, 100)
         dense = [
             denoiser.run(prompt, SEED + n, arguments.steps) for n, prompt in enumerate(held_out)
         ]
@@ -96,7 +99,7 @@ def main() -> None:
             ]
             rows.append(
                 {
-                    "density": one.density,
+                    "density": one.price,
                     "refreshes": len(one.refreshes),
                     "reusing": sum(option.reuses for option in one.options.values()),
                     "predicted": one.damage,

@@ -62,6 +62,8 @@ def apply_plan(target: Target, plan: Plan, **options: Any) -> Target:
     planned = [site.name for site in plan.sites]
     # The class alone would let the plan of a small Wan leave the last layers of a large one dense.
     plan.require_match(type(model).__name__, planned, config_hash(model))
+    if not plan.rules:
+        logger.warning("this plan leaves every site dense; %s is compiled dense", plan.model_class)
     apply.apply_plan(model, plan, **options)
     return target
 

@@ -1,7 +1,6 @@
 """Apply a plan to a model, in place, and take it off again."""
 
 import functools
-import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,8 +24,6 @@ from evdit_opt.reuse import Reusing
 from evdit_opt.running import Running, require_no_compiled_parts
 
 __all__ = ["apply_plan", "is_optimized", "report", "restore"]
-
-logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -108,8 +105,6 @@ def apply_plan(
     attend = SparseAttend(impl, applied.compiled)
     add_scopes(model, applied, scoped, attend)
     model._evdit = applied  # type: ignore[assignment]
-    if not plan.rules:
-        logger.warning("this plan leaves every site dense; %s is compiled dense", plan.model_class)
     call: Callable[..., Any] = Running(
         model,
         _Backend(model, options),

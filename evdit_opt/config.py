@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from evdit_opt.errors import CalibrationError
 from evdit_opt.grid import VideoGrid
@@ -13,7 +13,31 @@ from evdit_opt.kernels.dispatch import IMPLEMENTATIONS
 from evdit_opt.masks import Spacing, Weighting
 from evdit_opt.quality import QualityReport
 
-__all__ = ["Config"]
+__all__ = ["QUALITIES", "Config", "Floors", "Quality"]
+
+Quality = Literal["high", "balanced", "fast"]
+
+
+class Floors(NamedTuple):
+    """What clips must keep, compared with their dense twins; None: no bound.
+
+    Attributes:
+        min_psnr: dB.
+        min_ssim: -1 to 1.
+        max_flicker_ratio: no unit.
+    """
+
+    min_psnr: float | None = None
+    min_ssim: float | None = None
+    max_flicker_ratio: float | None = None
+
+
+QUALITIES: Mapping[Quality, Floors] = {
+    "high": Floors(min_psnr=35.0, max_flicker_ratio=1.1),  # side by side, looks the same
+    "balanced": Floors(min_psnr=30.0, max_flicker_ratio=1.2),
+    "fast": Floors(min_psnr=25.0, max_flicker_ratio=1.3),  # the same clip, details differ
+}
+"""What the names of qualities mean."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,9 +48,19 @@ class Config:
         threshold: r of Algorithm 1: the largest relative error of a site's attention output,
             ``||sparse - dense|| / ||dense||``, at which a rule is accepted. No unit. Larger is
             faster and further from the dense video.
-        density: kept share of token pairs, mean over sites and steps, 0 to 1, to search for
-            instead. None: the lowest density at which some plan keeps ``threshold`` at every site;
-            kinds of plan are then compared at that density.
+            Decides how sparse a plan is only where none of the next five is given: kinds of plan
+            are then compared at the lowest density at which some plan keeps it at every site.
+        density: kept share of token pairs, mean over sites and steps, 0 to 1, to search for.
+        speedup: how many times faster the mean forward of a run is to be, by milliseconds measured
+            on this device (the model is compiled twice for it). Not together with ``density``.
+        quality: the sparsest plan that looks as good as this: "high", "balanced" or "fast"; the
+            floors in ``QUALITIES``. With ``density`` or ``speedup``: floors only.
+        min_psnr: quality floor in dB: mean PSNR of clips to their dense twins. Without ``density``
+            and ``speedup`` the sparsest plan that keeps it is searched, on calibration clips; all
+            floors are checked on the verified clips, and missing one backs off towards dense.
+        min_ssim: quality floor: mean SSIM of the clips, -1 to 1.
+        max_flicker_ratio: quality bound: mean ratio of background flicker to that of the dense
+            clip, no unit.
         references: numbers of reference frames k to try.
         windows: numbers of frames kept on each side of the diagonal to try.
         weightings: how kept reference tiles are weighted, see ``Rule.weighting``.
@@ -46,11 +80,6 @@ class Config:
         verify_prompts: how many of the given prompts (the last ones) are kept from the search, to
             measure quality on. 0 skips verification, and the plan then carries no quality.
         seed: seed of the first run's noise; run n uses ``seed + n``.
-        min_psnr: quality floor in dB: mean PSNR of the verified clips to their dense twins.
-            None: no floor.
-        min_ssim: quality floor: mean SSIM of the verified clips, -1 to 1. None: no floor.
-        max_flicker_ratio: quality bound: mean ratio of background flicker to that of the dense
-            clip, no unit. None: no bound.
         max_distinct_rules: different rules a plan may hold. Dynamo makes one graph per rule when
             blocks are compiled one by one, and gives up after 8.
         grid: latent grid of the calibration calls, in tokens, for models that take tokens and are
@@ -68,6 +97,11 @@ class Config:
 
     threshold: float = 0.1
     density: float | None = None
+    speedup: float | None = None
+    quality: Quality | None = None
+    min_psnr: float | None = None
+    min_ssim: float | None = None
+    max_flicker_ratio: float | None = None
     references: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8, 12)
     windows: tuple[int, ...] = (0, 1, 2)
     weightings: tuple[Weighting, ...] = ("none", "balanced")
@@ -80,9 +114,6 @@ class Config:
     trial_prompts: int = 2
     verify_prompts: int = 2
     seed: int = 0
-    min_psnr: float | None = None
-    min_ssim: float | None = None
-    max_flicker_ratio: float | None = None
     max_distinct_rules: int = 6
     grid: VideoGrid | None = None
     inner: Inner = "inductor"
@@ -109,6 +140,12 @@ class Config:
         _require_int("max_distinct_rules", self.max_distinct_rules, 1, 8)
         if self.density is not None:
             _require_number("density", self.density, 0.0, 1.0)
+        if self.speedup is not None:
+            _require_number("speedup", self.speedup, 1.0)
+            if self.density is not None:
+                raise _wrong("speedup", "None where density is given", self.speedup)
+        if self.quality is not None:
+            _require_one_of("quality", self.quality, tuple(QUALITIES))
         if self.reuse_memory is not None:
             _require_number("reuse_memory", self.reuse_memory, 0.0)
         if self.min_psnr is not None:
@@ -136,17 +173,31 @@ class Config:
         """
         return "static" if self.impl == "auto" else self.impl
 
+    @property
+    def floors(self) -> Floors:
+        """The floors given, and those of ``quality`` where none is."""
+        given = Floors(self.min_psnr, self.min_ssim, self.max_flicker_ratio)
+        if self.quality is None:
+            return given
+        own = QUALITIES[self.quality]
+        return Floors(*(a if a is not None else b for a, b in zip(given, own, strict=True)))
+
+    @property
+    def has_floors(self) -> bool:
+        """Whether clips must keep anything."""
+        return any(bound is not None for bound in self.floors)
+
     def missed_floors(self, quality: QualityReport | None) -> tuple[str, ...]:
-        """Which quality bounds held-out clips miss, in words; none if there is nothing to judge."""
+        """Which floors clips miss, in words; none if there is nothing to judge."""
         if quality is None:
             return ()
         missed = []
-        if self.min_psnr is not None and quality.psnr.mean < self.min_psnr:
-            missed.append(f"PSNR {quality.psnr.mean:.2f} dB, floor {self.min_psnr} dB")
-        if self.min_ssim is not None and quality.ssim.mean < self.min_ssim:
-            missed.append(f"SSIM {quality.ssim.mean:.4f}, floor {self.min_ssim}")
-        flicker = quality.flicker_ratio
-        bound = self.max_flicker_ratio
+        floors, flicker = self.floors, quality.flicker_ratio
+        if floors.min_psnr is not None and quality.psnr.mean < floors.min_psnr:
+            missed.append(f"PSNR {quality.psnr.mean:.2f} dB, floor {floors.min_psnr} dB")
+        if floors.min_ssim is not None and quality.ssim.mean < floors.min_ssim:
+            missed.append(f"SSIM {quality.ssim.mean:.4f}, floor {floors.min_ssim}")
+        bound = floors.max_flicker_ratio
         if bound is not None and flicker is not None and flicker.mean > bound:
             missed.append(f"flicker {flicker.mean:.2f} x dense, bound {bound}")
         return tuple(missed)

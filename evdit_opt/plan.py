@@ -10,7 +10,7 @@ import secrets
 import stat
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from evdit_opt import strict_json
@@ -68,6 +68,7 @@ class Plan:
         reuse: which sites carry what their mask drops from step to step; None: none does.
         quality: held-out clips compared with their dense twins; None if not verified.
         speed: measured speed; None if not measured.
+        predicted: the speed that calibration expected; None if it went by density.
         versions: names and versions of the packages it was made with, sorted by name.
         schema_version: of the file format.
 
@@ -86,6 +87,7 @@ class Plan:
     reuse: ReuseRecord | None = None
     quality: QualityReport | None = None
     speed: SpeedRecord | None = None
+    predicted: SpeedRecord | None = field(default=None, metadata={strict_json.OPTIONAL: True})
     versions: tuple[tuple[str, str], ...] = ()
     schema_version: int = SCHEMA_VERSION
 
@@ -275,12 +277,12 @@ class Plan:
             )
         if self.quality is not None:
             head.append(f"held-out quality: {self.quality.describe()}")
-        if self.speed is not None:
-            speed = self.speed
-            head.append(
-                f"speed: {speed.dense_ms:.1f} -> {speed.optimized_ms:.1f} ms a forward, "
-                f"{speed.speedup:.2f}x on {speed.device}"
-            )
+        for what, speed in (("speed", self.speed), ("predicted speed", self.predicted)):
+            if speed is not None:
+                head.append(
+                    f"{what}: {speed.dense_ms:.1f} -> {speed.optimized_ms:.1f} ms a forward, "
+                    f"{speed.speedup:.2f}x on {speed.device}"
+                )
         rows = [("site", "mask", "density", "reason")]
         for site in self.sites:
             mask = "dense" if site.rule is None else site.rule.describe(grid.frames)

@@ -65,6 +65,7 @@ PLAN = Plan(
         motion_consistency=Measured(mean=0.97, stderr=0.002),
     ),
     speed=SpeedRecord(dense_ms=12.0, optimized_ms=5.0, device="cpu"),
+    predicted=SpeedRecord(dense_ms=12.0, optimized_ms=4.8, device="cpu"),
     versions=(("diffusers", "0.42.1"), ("torch", "2.13.0")),
 )
 TEXT = PLAN.to_json()
@@ -136,6 +137,7 @@ plans = st.builds(
         motion_consistency=measured,
     ),
     speed=st.none() | st.just(PLAN.speed),
+    predicted=st.none() | st.just(PLAN.predicted),
     versions=st.dictionaries(words, words, max_size=4).map(lambda d: tuple(sorted(d.items()))),
     schema_version=st.just(2),
 )

@@ -11,7 +11,7 @@ from evdit_opt.calibrate.site_record import CandidateError
 from evdit_opt.calibrate.steps import TIMESTEP
 from evdit_opt.calibrate.survey import Survey
 from evdit_opt.config import Config
-from evdit_opt.masks import Rule
+from evdit_opt.masks import CACHED, Rule
 from evdit_opt.models import Denoiser, Item, config_hash
 from evdit_opt.plan import (
     CalibrationRecord,
@@ -67,6 +67,17 @@ class Drafter:
             sites=tuple(name for name, option in found.options.items() if option.reuses),
             timestep=TIMESTEP,
             refresh_at=tuple(levels[step] for step in found.refreshes),
+            levels=tuple(levels),
+        )
+        return self._plan(sites, self.config.threshold, reuse)
+
+    def cached(self, levels: Sequence[float]) -> Plan:
+        """A plan in which every site returns its first output in all ``levels`` but the first."""
+        sites = [self._site(name, CACHED, "cached", ()) for name in self.survey.layouts]
+        reuse = ReuseRecord(
+            sites=tuple(self.survey.layouts),
+            timestep=TIMESTEP,
+            refresh_at=(levels[0],),
             levels=tuple(levels),
         )
         return self._plan(sites, self.config.threshold, reuse)

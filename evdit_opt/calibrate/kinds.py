@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from evdit_opt.calibrate.draft import Drafter
+from evdit_opt.calibrate.prices import Prices
 from evdit_opt.calibrate.record import Recording
 from evdit_opt.calibrate.reuse_search import (
     EARLY,
@@ -16,6 +17,7 @@ from evdit_opt.calibrate.reuse_search import (
     Judge,
     Problem,
     cheapest_within,
+    evenly,
     search,
     site_options,
 )
@@ -24,8 +26,8 @@ from evdit_opt.calibrate.search import (
     Errors,
     choose_rules,
     choose_uniform,
-    mean_density,
-    threshold_for_density,
+    mean_price,
+    threshold_for_budget,
 )
 from evdit_opt.config import Config
 from evdit_opt.masks import Weighting
@@ -43,19 +45,21 @@ best; among good ones either may win (docs/notes/damage.md)."""
 
 @dataclass(frozen=True)
 class Drafted:
-    """A plan, and the damage predicted for it."""
+    """A plan, the damage predicted for it, and its mean price per site and step."""
 
     plan: Plan
     damage: float
+    price: float
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to make a plan of any density.
+    """A way to make a plan for any budget.
 
     Attributes:
         name: for people.
-        at: the best plan of this kind with at most a density; None if there is none.
+        at: the best plan of this kind within a budget (mean price per site and step; see
+            ``prices.py``); None if there is none.
     """
 
     name: str
@@ -81,15 +85,19 @@ class Planner:
         """Of the calibration."""
         return self.drafter.config
 
-    def density(self) -> float:
-        """The density to search at: the config's, or the lowest whose sites keep the threshold."""
+    def budget_within_threshold(self) -> float:
+        """What the cheapest plan costs whose sites all err by at most the config's threshold."""
         config = self.config
         first = _only(self.recording.errors, config.weightings[0])
-        if config.density is not None:
-            return config.density
-        static = mean_density(choose_rules(first, config.threshold, config.max_distinct_rules))
+        choice = choose_rules(first, self.prices, config.threshold, config.max_distinct_rules)
+        static = mean_price(choice, self.prices)
         found = cheapest_within(self.problem, config.threshold) if self.reuses else None
-        return static if found is None else min(static, found.density)
+        return static if found is None else min(static, found.price)
+
+    @property
+    def prices(self) -> Prices:
+        """What everything costs."""
+        return self.problem.prices
 
     @property
     def reuses(self) -> bool:
@@ -109,41 +117,56 @@ class Planner:
         reusing = [
             Kind(f"reuse, {name}", partial(self._reusing, judge=judge))
             for name, judge in JUDGES.items()
-            if self.reuses
         ]
-        return [*static, *reusing]
+        even = Kind("reuse, one rule, even refreshes", self._even)
+        return [*static, even, *reusing] if self.reuses else static
 
-    def worth_trying(self, density: float) -> list[tuple[Kind, Plan]]:
+    def worth_trying(self, budget: float) -> list[tuple[Kind, Drafted]]:
         """A plan per kind, without those that equal another, or are predicted to be far worse."""
-        if density >= 1.0:
-            return []  # no rule keeps the threshold anywhere
-        drafted = [(kind, kind.at(density)) for kind in self.kinds()]
+        if budget >= 1.0:
+            return []  # dense attention is affordable everywhere
+        drafted = [(kind, kind.at(budget)) for kind in self.kinds()]
         found = [(kind, own) for kind, own in drafted if own is not None and own.plan.rules]
         least = min((own.damage for _, own in found), default=0.0)
-        distinct: dict[str, tuple[Kind, Plan]] = {}
+        distinct: dict[str, tuple[Kind, Drafted]] = {}
         for kind, own in found:
             if own.damage <= CLEARLY_WORSE * least:
-                distinct.setdefault(own.plan.fingerprint(), (kind, own.plan))
+                distinct.setdefault(own.plan.fingerprint(), (kind, own))
         return list(distinct.values())
+
+    def likeliest(self, budget: float) -> Drafted | None:
+        """The plan within a budget that is predicted to do the least damage."""
+        drafted = [own for _, own in self.worth_trying(budget)]
+        return min(drafted, key=lambda own: own.damage, default=None)
 
     def all_dense(self) -> Plan:
         """The plan where no rule is good enough, with what every rule would cost."""
         errors = self.recording.errors
         return self.drafter.draft(dict.fromkeys(errors), errors, self.config.threshold)
 
-    def _static(self, density: float, weighting: Weighting, uniform: bool) -> Drafted:
-        limit = self.config.max_distinct_rules
+    def _static(self, budget: float, weighting: Weighting, uniform: bool) -> Drafted:
+        limit, prices = self.config.max_distinct_rules, self.prices
         own = _only(self.recording.errors, weighting)
-        threshold = threshold_for_density(own, density, limit)
-        choice = choose_uniform(own, density) if uniform else choose_rules(own, threshold, limit)
-        return Drafted(self.drafter.draft(choice, own, threshold), self._damage(choice))
+        threshold = threshold_for_budget(own, prices, budget, limit)
+        choice = (
+            choose_uniform(own, prices, budget)
+            if uniform
+            else choose_rules(own, prices, threshold, limit)
+        )
+        plan = self.drafter.draft(choice, own, threshold)
+        return Drafted(plan, self._damage(choice), mean_price(choice, prices))
 
-    def _reusing(self, density: float, judge: Judge) -> Drafted | None:
-        found = search(replace(self.problem, judge=judge), density)
-        if not found:
-            return None
-        plan = self.drafter.draft_reuse(found[0], self.recording.errors, self.recording.levels)
-        return Drafted(plan, self._total(found[0]))
+    def _reusing(self, budget: float, judge: Judge) -> Drafted | None:
+        found = search(replace(self.problem, judge=judge), budget)
+        return self._drafted(found[0]) if found else None
+
+    def _even(self, budget: float) -> Drafted | None:
+        found = evenly(self.problem, budget)
+        return self._drafted(found) if found else None
+
+    def _drafted(self, found: Found) -> Drafted:
+        plan = self.drafter.draft_reuse(found, self.recording.errors, self.recording.levels)
+        return Drafted(plan, self._total(found), found.price)
 
     def _total(self, found: Found) -> float:
         """Damage as the problem's own judge sees it, so that kinds can be compared."""

@@ -8,8 +8,11 @@ from dataclasses import replace
 import torch
 
 from evdit_opt.apply import is_optimized
+from evdit_opt.calibrate.aim import find_budget
+from evdit_opt.calibrate.clock import Clock, measure_clock
 from evdit_opt.calibrate.draft import Drafter
-from evdit_opt.calibrate.kinds import Kind, Planner
+from evdit_opt.calibrate.kinds import Drafted, Kind, Planner
+from evdit_opt.calibrate.prices import Prices, kept_pairs
 from evdit_opt.calibrate.record import Recording, record
 from evdit_opt.calibrate.reuse_search import Problem
 from evdit_opt.calibrate.stage import Stage, staged
@@ -80,13 +83,23 @@ def make_plan(target: object, calib: Iterable[Item], config: Config | None = Non
     searched_items = denoiser.items[:searched]
     with staged(denoiser, survey.layouts, survey.scoped) as stage:
         recording = record(stage, searched_items, config, survey.grid_source.input)
-        planner = Planner(drafter, recording, make_problem(recording, config, denoiser.model))
-        density = planner.density()
-        kind, plan = _try(stage, planner, density, searched_items[: config.trial_prompts])
-    return _verify(drafter, kind, plan, searched) if plan.rules else plan
+    # Compiled models are timed without the stage.
+    clock = None if config.speedup is None else measure_clock(drafter, recording)
+    prices = kept_pairs(recording.errors, recording.reuse) if clock is None else clock.prices
+    problem = make_problem(recording, prices, config, denoiser.model)
+    planner = Planner(drafter, recording, problem)
+    with staged(denoiser, survey.layouts, survey.scoped) as stage:
+        rehearsed = searched_items[: config.trial_prompts]
+        budget = find_budget(stage, planner, clock, rehearsed)
+        kind, drafted = _try(stage, planner, budget, rehearsed)
+    if kind is None or drafted is None:
+        return planner.all_dense()
+    return _verify(drafter, kind, drafted, clock, searched)
 
 
-def make_problem(recording: Recording, config: Config, model: torch.nn.Module) -> Problem:
+def make_problem(
+    recording: Recording, prices: Prices, config: Config, model: torch.nn.Module
+) -> Problem:
     """What the search of plans that reuse has to know."""
     limit = 0
     if any(recording.reuse.values()):
@@ -100,6 +113,7 @@ def make_problem(recording: Recording, config: Config, model: torch.nn.Module) -
         errors=recording.errors,
         reuse=recording.reuse,
         levels=recording.levels,
+        prices=prices,
         max_reusing=limit,
         max_rules=config.max_distinct_rules,
     )
@@ -116,26 +130,29 @@ def _memory(config: Config, model: torch.nn.Module) -> float:
 
 
 def _try(
-    stage: Stage, planner: Planner, density: float, items: Sequence[Item]
-) -> tuple[Kind | None, Plan]:
+    stage: Stage, planner: Planner, budget: float, items: Sequence[Item]
+) -> tuple[Kind | None, Drafted | None]:
     """Run a plan of every kind that may be the best; keep what whole runs favour."""
     config = planner.config
-    options = planner.worth_trying(density)
+    options = planner.worth_trying(budget)
     if not options:
-        return None, planner.all_dense()
-    plans = [(kind.name, plan) for kind, plan in options]
+        return None, None
+    plans = [(kind.name, drafted.plan) for kind, drafted in options]
     trials = try_plans(stage, plans, items, planner.recording.results, config)
     order = sorted(range(len(trials)), key=lambda index: trials[index].temporal)
     kind, best = options[order[0]]
-    found = replace(best.calibration, trials=tuple(trials[index] for index in order))
-    return kind, replace(best, calibration=found)
+    found = replace(best.plan.calibration, trials=tuple(trials[index] for index in order))
+    return kind, replace(best, plan=replace(best.plan, calibration=found))
 
 
-def _verify(drafter: Drafter, kind: Kind | None, plan: Plan, searched: int) -> Plan:
+def _verify(
+    drafter: Drafter, kind: Kind, drafted: Drafted, clock: Clock | None, searched: int
+) -> Plan:
     """Measure quality on held-out items; back off towards dense while it misses the floor."""
     denoiser, config = drafter.denoiser, drafter.config
     held_out = denoiser.items[searched:]
-    if not held_out or kind is None:
+    plan = _predicted(drafted, clock)
+    if not held_out:
         return plan
     dense = [
         denoiser.run(item, config.seed + searched + index, config.calib_steps)
@@ -150,12 +167,18 @@ def _verify(drafter: Drafter, kind: Kind | None, plan: Plan, searched: int) -> P
         if not missed:
             return plan
         logger.warning("held-out quality at density %.3f: %s", plan.density, missed)
-        denser = kind.at((1.0 + plan.density) / 2) if back_offs < BACK_OFFS else None
+        denser = kind.at((1.0 + drafted.price) / 2) if back_offs < BACK_OFFS else None
         if denser is None:
             break
-        plan = denser.plan
+        drafted = denser
+        plan = _predicted(drafted, clock)
     raise QualityFloorError(
         f"expected a plan within the quality floor, the best found misses it: {missed}; lower the "
-        "floor or Config.threshold, or keep the model dense (the plan is this error's .plan)",
+        "floor, or keep the model dense (the plan is this error's .plan)",
         plan,
     )
+
+
+def _predicted(drafted: Drafted, clock: Clock | None) -> Plan:
+    predicted = None if clock is None else clock.predict(drafted.price)
+    return replace(drafted.plan, predicted=predicted)

@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from evdit_opt.calibrate.knapsack import within_budget
+from evdit_opt.calibrate.prices import Prices
 from evdit_opt.calibrate.schedule import best_refreshes
 from evdit_opt.calibrate.site_record import CandidateError, ReuseError
 from evdit_opt.masks import Rule
@@ -28,6 +30,7 @@ __all__ = [
     "Option",
     "Problem",
     "cheapest_within",
+    "evenly",
     "search",
     "site_options",
 ]
@@ -40,9 +43,6 @@ SMALLER = 1 - 1e-9
 
 REPAIRED = 3
 """Plans whose schedule is improved further."""
-
-BINS = 2048
-"""Steps in which a budget is spent."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Option:
         rule: its rule; None: it stays dense.
         reuses: whether it reuses its residual.
         damage: predicted, over a whole run.
-        cost: kept share of token pairs, summed over the steps of a run, refreshes included.
+        cost: price, summed over the steps of a run from the first refresh on.
         error: root mean square over the run of the relative error of the site's output.
     """
 
@@ -104,13 +104,13 @@ class Found:
         options: per site.
         refreshes: steps that refresh, ascending; steps before the first are dense.
         damage: predicted.
-        density: kept share of token pairs, mean over sites and steps.
+        price: mean over sites and steps.
     """
 
     options: Mapping[str, Option]
     refreshes: tuple[int, ...]
     damage: float
-    density: float
+    price: float
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ class Problem:
         errors: per site, of the rules that are applied in every step.
         reuse: per site, of the rules that reuse; empty where that is impossible.
         levels: noise levels of the steps, descending.
+        prices: what everything costs.
         judge: what counts as damage.
         max_reusing: sites whose residuals fit the memory budget.
         max_rules: different rules a plan may hold.
@@ -129,6 +130,7 @@ class Problem:
     errors: Mapping[str, Sequence[CandidateError]]
     reuse: Mapping[str, Sequence[ReuseError]]
     levels: Sequence[float]
+    prices: Prices
     max_reusing: int
     max_rules: int = 6
     judge: Judge = EARLY
@@ -137,12 +139,12 @@ class Problem:
 Pick = Callable[[Mapping[str, Sequence[Option]]], dict[str, Option] | None]
 
 
-def search(problem: Problem, density: float) -> list[Found]:
-    """The best plan at a density for every number of refreshes that leaves room for it.
+def search(problem: Problem, budget: float) -> list[Found]:
+    """The best plan within a budget for every number of refreshes that leaves room for it.
 
     Args:
         problem: what is known.
-        density: bound on ``Found.density``.
+        budget: bound on ``Found.price``.
 
     Returns:
         Plans with at least one site that reuses, the least damage first.
@@ -150,14 +152,14 @@ def search(problem: Problem, density: float) -> list[Found]:
     steps, sites = len(problem.levels), len(problem.errors)
 
     def pick(lead: int) -> Pick:
-        budget = (density * steps - lead) * sites
-        return lambda options: _within_budget(options, budget)
+        left = (budget * steps - lead) * sites
+        return lambda options: within_budget(options, left)
 
     found = [
         one
         for lead in range(min(3, steps))
         for refreshes in range(1, steps - lead + 1)
-        if refreshes + lead <= density * steps
+        if refreshes + lead <= budget * steps
         for one in [_alternate(problem, refreshes, lead, pick(lead))]
         if one is not None
     ]
@@ -168,14 +170,43 @@ def search(problem: Problem, density: float) -> list[Found]:
 
 
 def cheapest_within(problem: Problem, threshold: float) -> Found | None:
-    """The sparsest plan all of whose sites err by at most ``threshold`` (``Option.error``)."""
+    """The cheapest plan all of whose sites err by at most ``threshold`` (``Option.error``)."""
     found = [
         one
         for refreshes in range(1, len(problem.levels) + 1)
         for one in [_alternate(problem, refreshes, 0, lambda o: _within_threshold(o, threshold))]
         if one is not None
     ]
-    return min(found, key=lambda one: (one.density, one.damage), default=None)
+    return min(found, key=lambda one: (one.price, one.damage), default=None)
+
+
+def evenly(problem: Problem, budget: float) -> Found | None:
+    """One rule at every site, as many evenly spaced refreshes as the budget allows.
+
+    What one would set by hand, output caching (``CACHED``) included: a search has to beat it.
+    """
+    steps, sites = len(problem.levels), list(problem.errors)
+    if len(sites) > problem.max_reusing or not all(problem.reuse[site] for site in sites):
+        return None
+    found = []
+    for rule in {own.rule: None for own in problem.reuse[sites[0]]}:
+        prices = [problem.prices.rules[site].get(rule) for site in sites]
+        reused = sum(price.reused for price in prices if price) / len(sites)
+        refresh = sum(price.refresh for price in prices if price) / len(sites)
+        count = math.floor((budget - reused) * steps / max(refresh - reused, 1e-9) + 1e-9)
+        if None in prices or not 1 <= count <= steps:
+            continue
+        schedule = tuple(sorted({n * steps // count for n in range(count)}))
+
+        def pick(options: Mapping[str, Sequence[Option]], rule: Rule = rule) -> dict[str, Option]:
+            return {
+                site: next(o for o in own if o.rule == rule and o.reuses)
+                for site, own in options.items()
+            }
+
+        one = _at_schedule(problem, schedule, pick)
+        found += [one] if one is not None else []
+    return min(found, key=lambda one: one.damage, default=None)
 
 
 def _alternate(problem: Problem, refreshes: int, lead: int, pick: Pick) -> Found | None:
@@ -229,7 +260,7 @@ def _at_schedule(problem: Problem, schedule: tuple[int, ...], pick: Pick) -> Fou
     if choice is None or not any(option.reuses for option in choice.values()):
         return None
     total = sum(option.damage for option in choice.values())
-    cost = sum(option.cost for option in choice.values()) + lead * len(choice)
+    cost = sum(option.cost + lead * problem.prices.dense[s] for s, option in choice.items())
     return Found(choice, schedule, total, cost / steps / len(choice))
 
 
@@ -253,16 +284,19 @@ def site_options(problem: Problem, site: str, schedule: tuple[int, ...]) -> list
     steps, lead = len(problem.levels), schedule[0]
     span = steps - lead
     weights = problem.judge.weights(problem.levels)
-    options = [Option(None, False, 0.0, float(span), 0.0)]
+    dense, prices = problem.prices.dense[site], problem.prices.rules[site]
+    options = [Option(None, False, 0.0, dense * span, 0.0)]
     for own in problem.errors[site]:
         moved = float(weights[lead:].sum())
         done = moved * problem.judge.damage(own.output**2, own.temporal**2)
-        options.append(Option(own.rule, False, done, own.density * span, own.output))
+        cost = prices[own.rule].sparse * span
+        options.append(Option(own.rule, False, done, cost, own.output))
     latest, at = _reused(schedule, steps)
     for reused in problem.reuse[site]:
         output = float((weights[at] * reused.output[latest, at]).sum())
         temporal = float((weights[at] * reused.temporal[latest, at]).sum())
-        cost = reused.density * span + len(schedule)
+        price = prices[reused.rule]
+        cost = price.reused * len(at) + price.refresh * len(schedule)
         options.append(
             Option(reused.rule, True, problem.judge.damage(output, temporal), cost, output**0.5)
         )
@@ -305,51 +339,6 @@ def _within_threshold(
         site: min((o for o in own if o.error <= threshold), key=lambda o: (o.cost, o.damage))
         for site, own in options.items()
     }
-
-
-def _within_budget(
-    options: Mapping[str, Sequence[Option]], budget: float
-) -> dict[str, Option] | None:
-    """The least damage at a total cost of at most ``budget``; None if nothing is cheap enough.
-
-    Dynamic programming over sites and what is spent on them. Costs are rounded up to ``1 / BINS``
-    of the budget; as much more as that may add is allowed first, and taken back until true costs
-    fit, so the result is exact up to that rounding.
-    """
-    if budget <= 0.0:
-        return None
-    bins = BINS + len(options)
-    spent = torch.zeros(bins + 1, dtype=torch.float64)  # least damage by what may be spent
-    taken: list[tuple[str, Sequence[Option], Tensor, list[int]]] = []
-    for site, own in options.items():
-        useful = _undominated(own)
-        costs = [math.ceil(option.cost / budget * BINS - 1e-9) for option in useful]
-        totals = torch.full((len(useful), bins + 1), torch.inf, dtype=torch.float64)
-        for row, (option, cost) in enumerate(zip(useful, costs, strict=True)):
-            if cost <= bins:
-                totals[row, cost:] = spent[: bins + 1 - cost] + option.damage
-        spent, choice = totals.min(0)
-        taken.append((site, useful, choice, costs))
-    for capacity in range(bins, -1, -1):
-        if spent[capacity].isinf():
-            return None
-        left, found = capacity, {}
-        for site, offered, choice, costs in reversed(taken):
-            row = int(choice[left])
-            found[site] = offered[row]
-            left -= costs[row]
-        if sum(option.cost for option in found.values()) <= budget * (1 + 1e-12):
-            return {site: found[site] for site in options}
-    return None
-
-
-def _undominated(options: Sequence[Option]) -> list[Option]:
-    """Without those that another one beats in cost and damage, from cheap to dear."""
-    kept: list[Option] = []
-    for option in sorted(options, key=lambda o: (o.cost, o.damage)):
-        if not kept or option.damage < kept[-1].damage:
-            kept.append(option)
-    return kept
 
 
 def _few_rules(

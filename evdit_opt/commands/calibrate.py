@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,15 @@ if TYPE_CHECKING:
 
 __all__ = ["calibrate", "read_prompts"]
 
+
+class Goal(StrEnum):
+    """Names of ``evdit_opt.config.QUALITIES``, without importing it for ``--help``."""
+
+    high = "high"
+    balanced = "balanced"
+    fast = "fast"
+
+
 MAX_PROMPT_BYTES = 16 * 2**20
 
 
@@ -37,6 +47,13 @@ def calibrate(
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")] = None,
     density: Annotated[
         float | None, typer.Option(min=0, max=1, help="Share of attention to keep, 0 to 1.")
+    ] = None,
+    speedup: Annotated[
+        float | None,
+        typer.Option(min=1, help="Instead: how much faster a step is to be, measured here."),
+    ] = None,
+    quality: Annotated[
+        Goal | None, typer.Option(help="Instead: the sparsest plan that looks as good as this.")
     ] = None,
     threshold: Annotated[
         float | None,
@@ -83,10 +100,12 @@ def calibrate(
     The file is written at the end, whole or not at all: what was there before survives an
     interruption. Leave out the options to get the defaults of evdit_opt.Config.
     """
-    if density is not None and threshold is not None:
-        raise typer.BadParameter("give --density or --threshold, not both")
+    if sum(value is not None for value in (density, speedup, threshold)) > 1:
+        raise typer.BadParameter("give one of --density, --speedup and --threshold")
     settings = given(
         density=density,
+        speedup=speedup,
+        quality=None if quality is None else quality.value,
         threshold=threshold,
         calib_steps=steps,
         reuse=reuse,

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evdit_opt.calibrate.reuse_search import EARLY, STEADY, Problem, cheapest_within, search
+from evdit_opt.calibrate.prices import kept_pairs
+from evdit_opt.calibrate.reuse_search import (
+    EARLY,
+    STEADY,
+    Problem,
+    cheapest_within,
+    evenly,
+    search,
+)
 from evdit_opt.calibrate.site_record import CandidateError, ReuseError
 from evdit_opt.masks import CACHED, Rule
 
@@ -34,7 +42,8 @@ def problem(sites: int, steps: int, seed: int, **limits: int) -> Problem:
         )
     levels = tuple(float(level) for level in torch.linspace(1000, 100, steps))
     defaults = {"max_reusing": sites, "max_rules": 6}
-    return Problem(errors, reuse, levels, **{**defaults, **limits})
+    prices = kept_pairs(errors, reuse)
+    return Problem(errors, reuse, levels, prices, **{**defaults, **limits})
 
 
 @given(
@@ -51,12 +60,12 @@ def test_every_limit_holds(sites, steps, seed, density, max_reusing, max_rules):
         rules = {option.rule for option in one.options.values()} - {None}
         assert 1 <= len(reusing) <= max_reusing
         assert len(rules) <= max_rules
-        assert one.density <= density + 1e-9
+        assert one.price <= density + 1e-9
         lead, refreshes = one.refreshes[0], len(one.refreshes)
         cost = sum(
             (0.0 if option.rule is None else option.cost) for option in one.options.values()
         ) + (steps - lead) * sum(option.rule is None for option in one.options.values())
-        assert one.density == pytest.approx((cost + lead * sites) / steps / sites)
+        assert one.price == pytest.approx((cost + lead * sites) / steps / sites)
         assert all(option.cost >= refreshes for option in reusing)
 
 
@@ -107,10 +116,29 @@ def test_a_threshold_bounds_every_site_and_takes_the_cheapest():
     assert loose is not None
     for one, threshold in ((tight, 0.02), (loose, 0.2)):
         assert all(option.error <= threshold for option in one.options.values())
-    assert loose.density < tight.density
+    assert loose.price < tight.price
 
 
 def test_judges_weigh_steps_by_their_noise_or_its_change():
     weights = EARLY.weights((1000.0, 900.0, 400.0))
     assert STEADY.weights((1000.0, 900.0, 400.0)).tolist() == pytest.approx([0.1, 0.5, 0.4])
     assert weights.tolist() == pytest.approx([100 / 197, 81 / 197, 16 / 197])
+
+
+@given(st.integers(1, 5), st.integers(2, 12), st.integers(0, 99), st.floats(0.05, 0.95))
+@settings(max_examples=30)
+def test_even_refreshes_use_one_rule_and_keep_the_budget(sites, steps, seed, budget):
+    given_ = problem(sites, steps, seed)
+    found = evenly(given_, budget)
+    if found is None:
+        assert budget * steps < 1  # not even one refresh
+        return
+    assert found.price <= budget + 1e-9
+    assert len({option.rule for option in found.options.values()}) == 1
+    gaps = {b - a for a, b in zip(found.refreshes, (*found.refreshes[1:], steps), strict=True)}
+    assert max(gaps) - min(gaps) <= 1
+    assert found.refreshes[0] == 0
+
+
+def test_even_refreshes_need_memory_at_every_site():
+    assert evenly(problem(4, 8, 3, max_reusing=3), 0.5) is None

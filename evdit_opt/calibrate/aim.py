@@ -1,0 +1,57 @@
+"""How much a plan may cost: by density, by speed, by quality, or by the error of single sites."""
+
+import logging
+import math
+from collections.abc import Sequence
+
+from evdit_opt.calibrate.clock import Clock
+from evdit_opt.calibrate.kinds import Planner
+from evdit_opt.calibrate.stage import Stage
+from evdit_opt.models import Item
+from evdit_opt.quality import compare
+
+__all__ = ["find_budget"]
+
+logger = logging.getLogger(__name__)
+
+CHEAPEST = 0.05
+"""Of dense attention: where the search by quality begins."""
+
+ROUNDS = 5
+"""Of the search by quality; the budget is then within a tenth of itself."""
+
+
+def find_budget(
+    stage: Stage, planner: Planner, clock: Clock | None, items: Sequence[Item]
+) -> float:
+    """The mean price per site and step to spend; 1: stay dense.
+
+    The config's density; or its speedup, by the clock; or the least with which clips of ``items``
+    keep its quality floors; or, where it says nothing, the least that keeps its threshold.
+    """
+    config = planner.config
+    if config.density is not None:
+        return config.density
+    if clock is not None and config.speedup is not None:
+        return clock.budget(config.speedup)
+    if config.has_floors and stage.denoiser.makes_video:
+        return _least_within_floors(stage, planner, items)
+    return planner.budget_within_threshold()
+
+
+def _least_within_floors(stage: Stage, planner: Planner, items: Sequence[Item]) -> float:
+    """Bisection by ratios, with a run of the likeliest plan at every budget."""
+    config = planner.config
+    bad, good = CHEAPEST, 1.0
+    for _ in range(ROUNDS):
+        budget = math.sqrt(bad * good)
+        drafted = planner.likeliest(budget)
+        missed: tuple[str, ...] = ("no plan is this cheap",)
+        if drafted is not None:
+            clips = stage.rehearse(
+                drafted.plan, items, config.seed, config.calib_steps, config.repeatable_impl
+            )
+            missed = config.missed_floors(compare(clips, planner.recording.results[: len(clips)]))
+        logger.info("%.3f of dense attention: %s", budget, "; ".join(missed) or "good enough")
+        bad, good = (budget, good) if missed else (bad, budget)
+    return good
