@@ -16,8 +16,9 @@ from torch import Tensor
 from evdit_opt.apply import apply_plan, restore
 from evdit_opt.calibrate.draft import Drafter
 from evdit_opt.calibrate.prices import Prices, RulePrice
-from evdit_opt.calibrate.record import TIMESTEP, Recording
+from evdit_opt.calibrate.record import Recording
 from evdit_opt.calibrate.stage import dense_attention, sparse_attention
+from evdit_opt.calibrate.steps import TIMESTEP
 from evdit_opt.errors import CalibrationError
 from evdit_opt.generations import Generations
 from evdit_opt.masks import CACHED, Rule

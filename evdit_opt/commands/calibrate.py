@@ -1,9 +1,9 @@
 """``evdit calibrate``: from prompts to a plan file."""
 
+import enum
 import json
 import sys
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["calibrate", "read_prompts"]
 
 
-class Goal(StrEnum):
+class Goal(enum.Enum):
     """Names of ``evdit_opt.config.QUALITIES``, without importing it for ``--help``."""
 
     high = "high"
