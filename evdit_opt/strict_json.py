@@ -6,6 +6,7 @@ the dataclasses' own ``__post_init__``.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import types
@@ -18,6 +19,7 @@ __all__ = ["OPTIONAL", "build", "dump", "parse", "shorten"]
 T = TypeVar("T")
 MAX_DIGITS = 25  # more than any 64-bit integer has; Python converts longer ones in quadratic time
 MAX_TEXT = 1000
+MAX_VALUES = 400_000  # what little ones would take, of which a file of some MiB may hold millions
 Pairs = tuple[tuple[str, str], ...]  # written as a JSON object
 OPTIONAL = "optional"
 """Metadata of a field that is written only where it differs from its default."""
@@ -36,9 +38,11 @@ def parse(text: str) -> Any:
     """JSON text to Python objects, refusing what JSON itself or common sense does not allow.
 
     Raises:
-        PlanError: on text that is not JSON, nested too deeply, with a key given twice, with NaN or
-            Infinity, or with a number too long.
+        PlanError: on text that is not JSON, nested too deeply, of too many values, with a key given
+            twice, with NaN or Infinity, or with a number too long.
     """
+    if _count_values(text) > MAX_VALUES:
+        raise PlanError(f"expected JSON of at most {MAX_VALUES} values, got more")
     try:
         return json.loads(
             text,
@@ -95,7 +99,7 @@ def build(hint: Any, value: Any, where: str) -> Any:
 def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         _refuse(where, "an object", value)
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]
     optional = [field.name for field in dataclasses.fields(kind) if field.metadata.get(OPTIONAL)]
     for problem, keys in (
@@ -129,7 +133,7 @@ def _plain(value: Any) -> Any:
             item = getattr(value, field.name)
             if field.metadata.get(OPTIONAL) and item == field.default:
                 continue
-            pairs = get_type_hints(type(value))[field.name] == Pairs
+            pairs = _hints(type(value))[field.name] == Pairs
             plain[field.name] = dict(item) if pairs else _plain(item)
         return plain
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
@@ -148,6 +152,19 @@ def _lines(value: Any, indent: str) -> str:
         opening, closing = "[]"
     body = ",\n".join(deeper + part for part in parts)
     return f"{opening}\n{body}\n{indent}{closing}"
+
+
+_hints = functools.cache(get_type_hints)  # of as many classes as there are kinds of records
+
+
+def _count_values(text: str) -> int:
+    """An upper bound on the values in a JSON text, before any of them is made."""
+    openings = "[{,"
+    if sum(map(text.count, openings)) <= MAX_VALUES:
+        return 0  # whatever stands in strings
+    pieces = text.replace("\\\\", "").replace('\\"', "").split('"')
+    outside = "".join(pieces[::2])
+    return sum(map(outside.count, openings))
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
