@@ -59,6 +59,14 @@ class TileMask:
             if all(value == DROPPED for value in row):
                 raise MaskError(f"expected at least one kept tile in every row, row {i} has none")
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Made once: an eager call of attention looks its mask up, and has frames ** 2 numbers."""
+        return hash(self.rows)
+
     @classmethod
     def from_bias(cls, bias: torch.Tensor) -> "TileMask":
         """Make a mask from ``bias`` ``[frames, frames]`` (rounded to float32)."""

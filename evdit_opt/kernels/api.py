@@ -1,5 +1,6 @@
 """Tile attention for people: a mask and a layout instead of lists of integers."""
 
+from functools import lru_cache
 from typing import Literal, overload
 
 import torch
@@ -7,7 +8,8 @@ from torch import Tensor
 
 from evdit_opt.errors import MaskError
 from evdit_opt.grid import TokenLayout
-from evdit_opt.kernels import ops  # noqa: F401  (registers torch.ops.evdit)
+from evdit_opt.kernels import ops, short_calls  # noqa: F401  (ops: registers torch.ops.evdit)
+from evdit_opt.kernels.geometry import Geometry
 from evdit_opt.masks import TileMask
 
 __all__ = ["tile_attention"]
@@ -79,10 +81,25 @@ def tile_attention(
             f"expected a mask of {layout.grid.frames} frames for this layout, got {mask.frames}; "
             "use rule.mask(layout.grid.frames)"
         )
-    intervals, log_weights = mask.segments()
+    compiling = torch.compiler.is_compiling()
+    intervals, log_weights = mask.segments() if compiling else _segments(mask)
+    is_plain = not (compiling or return_lse) and attn_mask is None
+    if is_plain and short_calls.is_short(q, k, v, impl, layout.seq_len):
+        geometry = Geometry(
+            frames=mask.frames, tokens=layout.grid.tokens_per_frame,
+            prefix=layout.prefix, suffix=layout.suffix,
+        )  # fmt: skip
+        found = short_calls.attend(q, k, v, intervals, log_weights, geometry, scale, impl)
+        if isinstance(found, Tensor):
+            return found
+        impl = found
     out, lse = torch.ops.evdit.tile_attention(
         q, k, v, attn_mask, intervals, log_weights,
         layout.grid.frames, layout.grid.tokens_per_frame, layout.prefix, layout.suffix,
         scale, impl,
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+# Not for Dynamo, which ignores the cache and warns.
+_segments = lru_cache(maxsize=256)(TileMask.segments)

@@ -24,36 +24,37 @@ def check_inputs(
         MaskError: if shapes, layout or attn_mask do not fit together.
         UnsupportedInputError: if a dtype or head_dim is not supported, or devices differ.
     """
-    if not q.dim() == k.dim() == v.dim() == 4 or any(map(_differ, k.shape, v.shape)):
+    shape, keys, values = q.shape, k.shape, v.shape
+    if not len(shape) == len(keys) == len(values) == 4 or any(map(_differ, keys, values)):
         raise MaskError(
             "expected q, k, v [batch, heads, seq, head_dim] with k and v alike, "
             f"got {_shapes(q, k, v)}"
         )
-    if any(_differ(q.shape[dim], k.shape[dim]) for dim in (0, 2, 3)):
+    batch, heads, seq, head_dim = shape
+    if _differ(batch, keys[0]) or _differ(seq, keys[2]) or _differ(head_dim, keys[3]):
         raise MaskError(
             "expected q and k with equal batch, seq and head_dim (self-attention), "
             f"got {_shapes(q, k, v)}"
         )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    if keys[1] == 0 or heads % keys[1]:
         raise MaskError(
-            "expected the heads of q to be a multiple of those of k, "
-            f"got {q.shape[1]} and {k.shape[1]}"
+            f"expected the heads of q to be a multiple of those of k, got {heads} and {keys[1]}"
         )
-    if _differ(q.shape[2], geometry.seq_len) or min(geometry.frames, geometry.tokens) < 1:
+    if _differ(seq, geometry.seq_len) or geometry.frames < 1 or geometry.tokens < 1:
         raise MaskError(
             f"expected seq = prefix + frames * tokens_per_frame + suffix = {geometry.prefix} + "
             f"{geometry.frames} * {geometry.tokens} + {geometry.suffix} = {geometry.seq_len}, "
-            f"got {q.shape[2]}; pass the layout of this sequence"
+            f"got {seq}; pass the layout of this sequence"
         )
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         raise UnsupportedInputError(
             "expected q, k, v of one dtype, float32, float16, bfloat16 or float64, "
             f"got {q.dtype}, {k.dtype}, {v.dtype}; cast them"
         )
-    if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
-        raise UnsupportedInputError(f"expected head_dim in 1..{MAX_HEAD_DIM}, got {q.shape[3]}")
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise UnsupportedInputError(f"expected head_dim in 1..{MAX_HEAD_DIM}, got {head_dim}")
     tensors = [q, k, v] if attn_mask is None else [q, k, v, attn_mask]
-    if len({x.device for x in tensors}) > 1:
+    if any(x.device != q.device for x in tensors):
         raise UnsupportedInputError(
             f"expected all tensors on one device, got {[str(x.device) for x in tensors]}; move them"
         )
@@ -110,6 +111,8 @@ def _shapes(*tensors: Tensor) -> str:
 
 def _differ(a: int, b: int) -> bool:
     """Whether two sizes differ. While tracing, what only the run can tell is left to the run."""
+    if type(a) is int and type(b) is int:
+        return a != b
     difference = a - b
     if isinstance(difference, torch.SymInt) and not difference.node.has_hint():
         return False

@@ -20,7 +20,7 @@ from evdit_opt.kernels import (
 )
 from evdit_opt.kernels.geometry import Geometry
 
-__all__ = ["IMPLEMENTATIONS", "backward", "check", "decide", "forward", "resolve"]
+__all__ = ["IMPLEMENTATIONS", "backward", "check", "choose", "decide", "forward", "resolve"]
 
 IMPLEMENTATIONS = (
     "auto", "static", "reference", "decomposed", "masked", "triton", "flex", "flex_flash", "sage",
@@ -107,9 +107,8 @@ def decide(
     q, k, v = map(_random_like, (q, k, v))
     if attn_mask is not None:
         attn_mask = torch.ones(attn_mask.shape, dtype=attn_mask.dtype, device=q.device)
-    arguments = (q, k, v, attn_mask, intervals, log_weights, geometry, q.shape[-1] ** -0.5)
-    names = _candidates(q, geometry)
-    return _fastest("forward", arguments, names, lambda name: _run(name, arguments))
+    scale = q.shape[-1] ** -0.5
+    return choose(impl, (q, k, v, attn_mask, intervals, log_weights, geometry, scale))
 
 
 def forward(
@@ -133,11 +132,21 @@ def forward(
         UnsupportedInputError: if the implementation cannot run on these tensors.
     """
     arguments = (q, k, v, attn_mask, intervals, log_weights, geometry, scale)
+    return _run(choose(impl, arguments), arguments)
+
+
+def choose(impl: str, arguments: Arguments) -> str:
+    """The implementation that :func:`forward` runs for these arguments of it.
+
+    Returns:
+        One of ``IMPLEMENTATIONS``, never "static" or "auto".
+    """
+    q, geometry = arguments[0], arguments[6]
     impl = resolve(impl, q.device, geometry.seq_len)
-    if impl == "auto":
-        names = _candidates(q, geometry)
-        impl = _fastest("forward", arguments, names, lambda name: _run(name, arguments))
-    return _run(impl, arguments)
+    if impl != "auto":
+        return impl
+    names = _candidates(q, geometry)
+    return _fastest("forward", arguments, names, lambda name: _run(name, arguments))
 
 
 def backward(

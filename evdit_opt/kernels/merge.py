@@ -32,5 +32,6 @@ def merge(
         # The same number as logaddexp, which is 20 times slower on a CPU.
         lse = lse + torch.nn.functional.softplus(difference, threshold=40.0)
     share = torch.sigmoid(difference).unsqueeze(-1)
-    # Three vectorised passes; lerp with a broadcast weight is scalar on a CPU.
-    return part.to(share.dtype).sub_(out).mul_(share).add_(out), lse
+    # Two vectorised passes; lerp with a broadcast weight is scalar on a CPU. ``out`` is converted
+    # here because an operator with operands of two dtypes converts it each time.
+    return part.to(share.dtype).mul_(share).addcmul_(out.to(share.dtype), 1.0 - share), lse
