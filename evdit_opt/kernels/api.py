@@ -89,10 +89,7 @@ def tile_attention(
             frames=mask.frames, tokens=layout.grid.tokens_per_frame,
             prefix=layout.prefix, suffix=layout.suffix,
         )  # fmt: skip
-        found = short_calls.attend(q, k, v, intervals, log_weights, geometry, scale, impl)
-        if isinstance(found, Tensor):
-            return found
-        impl = found
+        return short_calls.attend(q, k, v, intervals, log_weights, geometry, scale, impl)
     out, lse = torch.ops.evdit.tile_attention(
         q, k, v, attn_mask, intervals, log_weights,
         layout.grid.frames, layout.grid.tokens_per_frame, layout.prefix, layout.suffix,

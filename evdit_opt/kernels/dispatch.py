@@ -20,7 +20,7 @@ from evdit_opt.kernels import (
 )
 from evdit_opt.kernels.geometry import Geometry
 
-__all__ = ["IMPLEMENTATIONS", "backward", "check", "choose", "decide", "forward", "resolve"]
+__all__ = ["IMPLEMENTATIONS", "backward", "check", "choose", "decide", "forward", "resolve", "run"]
 
 IMPLEMENTATIONS = (
     "auto", "static", "reference", "decomposed", "masked", "triton", "flex", "flex_flash", "sage",
@@ -132,7 +132,7 @@ def forward(
         UnsupportedInputError: if the implementation cannot run on these tensors.
     """
     arguments = (q, k, v, attn_mask, intervals, log_weights, geometry, scale)
-    return _run(choose(impl, arguments), arguments)
+    return run(choose(impl, arguments), arguments)
 
 
 def choose(impl: str, arguments: Arguments) -> str:
@@ -146,7 +146,7 @@ def choose(impl: str, arguments: Arguments) -> str:
     if impl != "auto":
         return impl
     names = _candidates(q, geometry)
-    return _fastest("forward", arguments, names, lambda name: _run(name, arguments))
+    return _fastest("forward", arguments, names, lambda name: run(name, arguments))
 
 
 def backward(
@@ -177,7 +177,7 @@ def backward(
         )
     arguments = (q, k, v, attn_mask, intervals, log_weights, geometry, scale)
 
-    def run(name: str) -> tuple[Tensor, Tensor, Tensor]:
+    def gradients(name: str) -> tuple[Tensor, Tensor, Tensor]:
         if name == "triton":
             from evdit_opt.kernels import triton_backward
 
@@ -187,8 +187,8 @@ def backward(
     impl = resolve(impl, q.device, geometry.seq_len)
     if impl == "auto":
         names = tuple(name for name in _candidates(q, geometry) if name != "masked")
-        impl = _fastest("backward", arguments, names, run)
-    return run(impl)
+        impl = _fastest("backward", arguments, names, gradients)
+    return gradients(impl)
 
 
 def _random_like(x: Tensor) -> Tensor:
@@ -203,7 +203,8 @@ def _require_name(impl: str) -> None:
         raise MaskError(f"expected impl to be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
 
 
-def _run(impl: str, arguments: Arguments) -> tuple[Tensor, Tensor]:
+def run(impl: str, arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """Run an implementation, one of ``IMPLEMENTATIONS`` but "static" and "auto"."""
     if impl == "reference":
         return reference.forward(*arguments)
     if impl == "masked":
@@ -241,15 +242,18 @@ def _fastest(
 
 
 def _candidates(q: Tensor, geometry: Geometry) -> tuple[str, ...]:
-    """What "auto" chooses from, all of it exact."""
-    names = ["decomposed"]
+    """What "auto" chooses from, all of it exact; the first of those as fast as each other."""
+    is_short = geometry.seq_len <= SHORT_SEQ
+    # On a CPU the one masked call of a short eager call needs the least Python (short_calls.py).
+    names = ["masked"] if is_short and q.device.type == "cpu" else []
+    names.append("decomposed")
     if q.device.type == "cuda" and _has_triton():
         try:
             check("triton", q, geometry)
             names.append("triton")
         except UnsupportedInputError:
             pass
-    if geometry.seq_len <= SHORT_SEQ:
+    if is_short and "masked" not in names:
         names.append("masked")
     return tuple(names)
 

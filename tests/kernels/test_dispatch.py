@@ -36,7 +36,7 @@ def measuring(
     monkeypatch.setattr(autotune, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(autotune, "_choices", {})
     ran: list[str] = []
-    run = dispatch._run
+    run = dispatch.run
 
     def recorded(impl: str, arguments: Any) -> tuple[Tensor, Tensor]:
         ran.append(impl)
@@ -46,7 +46,7 @@ def measuring(
         ran.append("masked")
         return scaled_dot_product_attention(*arguments, **options)
 
-    monkeypatch.setattr(dispatch, "_run", recorded)
+    monkeypatch.setattr(dispatch, "run", recorded)
     monkeypatch.setattr(short_calls, "scaled_dot_product_attention", one_call)
     return ran
 
