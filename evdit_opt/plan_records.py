@@ -161,7 +161,7 @@ class TrialRecord:
         name: which plan: its weighting, and whether one rule serves all sites.
         density: mean density over sites.
         output: ``||sparse - dense|| / ||dense||`` of the video (pipeline) or output (module).
-        temporal: the same for its change from frame to frame; trials are ranked by it.
+        temporal: the same for its change from frame to frame.
     """
 
     name: str
@@ -174,6 +174,11 @@ class TrialRecord:
         require_number("density", self.density, 0.0, 1.0)
         require_number("output", self.output, 0.0)
         require_number("temporal", self.temporal, 0.0)
+
+    @property
+    def score(self) -> float:
+        """Trials are ranked by it, the smallest first: the geometric mean of both errors."""
+        return (self.output * self.temporal) ** 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

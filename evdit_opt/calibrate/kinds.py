@@ -4,22 +4,19 @@ Static masks, per weighting searched site by site or uniform, and reuse of resid
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
+from evdit_opt.calibrate.damage import damage_of
 from evdit_opt.calibrate.draft import Drafter
 from evdit_opt.calibrate.prices import Prices
 from evdit_opt.calibrate.record import Recording
 from evdit_opt.calibrate.reuse_search import (
-    EARLY,
-    STEADY,
     Found,
-    Judge,
     Problem,
     cheapest_within,
     evenly,
     search,
-    site_options,
 )
 from evdit_opt.calibrate.search import (
     Choice,
@@ -35,12 +32,8 @@ from evdit_opt.plan import Plan
 
 __all__ = ["Drafted", "Kind", "Planner"]
 
-CLEARLY_WORSE = 4.0
+CLEARLY_WORSE = 2.0
 """A kind whose predicted damage is this many times the best one's is not run."""
-
-JUDGES = {"early steps first": EARLY, "all steps, steady": STEADY}
-"""Views of damage: the best plan that reuses is run for each. The first tells random plans apart
-best; among good ones either may win (docs/notes/damage.md)."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +107,9 @@ class Planner:
             for weighting in self.config.weightings
             for uniform in (False, True)
         ]
-        reusing = [
-            Kind(f"reuse, {name}", partial(self._reusing, judge=judge))
-            for name, judge in JUDGES.items()
-        ]
         even = Kind("reuse, one rule, even refreshes", self._even)
-        return [*static, even, *reusing] if self.reuses else static
+        searched = Kind("reuse, searched", self._reusing)
+        return [*static, even, searched] if self.reuses else static
 
     def worth_trying(self, budget: float) -> list[tuple[Kind, Drafted]]:
         """A plan per kind, without those that equal another, or are predicted to be far worse."""
@@ -156,32 +146,23 @@ class Planner:
         plan = self.drafter.draft(choice, own, threshold)
         return Drafted(plan, self._damage(choice), mean_price(choice, prices))
 
-    def _reusing(self, budget: float, judge: Judge) -> Drafted | None:
-        found = search(replace(self.problem, judge=judge), budget)
-        return self._drafted(found[0]) if found else None
+    def _reusing(self, budget: float) -> Drafted | None:
+        found = search(self.problem, budget)
+        return self.drafted(found[0]) if found else None
 
     def _even(self, budget: float) -> Drafted | None:
         found = evenly(self.problem, budget)
-        return self._drafted(found) if found else None
+        return self.drafted(found) if found else None
 
-    def _drafted(self, found: Found) -> Drafted:
+    def drafted(self, found: Found) -> Drafted:
+        """What the search of plans that reuse has found, as a plan."""
         plan = self.drafter.draft_reuse(found, self.recording.errors, self.recording.levels)
-        return Drafted(plan, self._total(found), found.price)
-
-    def _total(self, found: Found) -> float:
-        """Damage as the problem's own judge sees it, so that kinds can be compared."""
-        return sum(
-            next(o for o in site_options(self.problem, site, found.refreshes)
-                 if (o.rule, o.reuses) == (option.rule, option.reuses)).damage
-            for site, option in found.options.items()
-        )  # fmt: skip
+        return Drafted(plan, found.damage, found.price)
 
     def _damage(self, choice: Choice) -> float:
-        return sum(
-            self.problem.judge.damage(own.output**2, own.temporal**2)
-            for own in choice.values()
-            if own is not None
-        )
+        steps = max(1, len(self.recording.levels))
+        chosen = [own for own in choice.values() if own is not None]
+        return steps * sum(damage_of(own.output**2, own.temporal**2) for own in chosen)
 
 
 def _only(errors: Errors, weighting: Weighting) -> Errors:

@@ -4,8 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
 
-import torch
-from torch import Tensor
+import numpy as np
 
 __all__ = ["within_budget"]
 
@@ -40,19 +39,20 @@ def within_budget(
     if budget <= 0.0:
         return None
     bins = BINS + len(options)
-    spent = torch.zeros(bins + 1, dtype=torch.float64)  # least damage by what may be spent
-    taken: list[tuple[str, Sequence[Choice], Tensor, list[int]]] = []
+    spent = np.zeros(bins + 1)  # least damage by what may be spent
+    taken: list[tuple[str, Sequence[Choice], np.ndarray, list[int]]] = []
     for site, own in options.items():
         useful = _undominated(own)
         costs = [math.ceil(option.cost / budget * BINS - 1e-9) for option in useful]
-        totals = torch.full((len(useful), bins + 1), torch.inf, dtype=torch.float64)
+        totals = np.full((len(useful), bins + 1), np.inf)
         for row, (option, cost) in enumerate(zip(useful, costs, strict=True)):
             if cost <= bins:
                 totals[row, cost:] = spent[: bins + 1 - cost] + option.damage
-        spent, choice = totals.min(0)
+        choice = totals.argmin(0)
+        spent = totals.min(0)
         taken.append((site, useful, choice, costs))
     for capacity in range(bins, -1, -1):
-        if spent[capacity].isinf():
+        if np.isinf(spent[capacity]):
             return None
         left, found = capacity, {}
         for site, offered, choice, costs in reversed(taken):

@@ -14,17 +14,19 @@ from evdit_opt.calibrate.draft import Drafter
 from evdit_opt.calibrate.kinds import Drafted, Kind, Planner
 from evdit_opt.calibrate.prices import Prices, kept_pairs
 from evdit_opt.calibrate.record import Recording, record
+from evdit_opt.calibrate.refine import refined
 from evdit_opt.calibrate.reuse_search import Problem
 from evdit_opt.calibrate.stage import Stage, staged
 from evdit_opt.calibrate.survey import survey_attention
-from evdit_opt.calibrate.trial import mean_error, run_with_plan, try_plans
+from evdit_opt.calibrate.trial import mean_error, run_with_plan, try_plan
 from evdit_opt.config import Config
 from evdit_opt.errors import AlreadyOptimizedError, CalibrationError, QualityFloorError
 from evdit_opt.models import Item, as_denoiser
-from evdit_opt.plan import Plan
+from evdit_opt.plan import Plan, TrialRecord
+from evdit_opt.progress import track
 from evdit_opt.quality import compare
 
-__all__ = ["make_plan", "make_problem"]
+__all__ = ["choose_kind", "make_plan", "make_problem"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +93,7 @@ def make_plan(target: object, calib: Iterable[Item], config: Config | None = Non
     with staged(denoiser, survey.layouts, survey.scoped) as stage:
         rehearsed = searched_items[: config.trial_prompts]
         budget = find_budget(stage, planner, clock, rehearsed)
-        kind, drafted = _try(stage, planner, budget, rehearsed)
+        kind, drafted = choose_kind(stage, planner, budget, rehearsed)
     if kind is None or drafted is None:
         return planner.all_dense()
     return _verify(drafter, kind, drafted, clock, searched)
@@ -129,19 +131,36 @@ def _memory(config: Config, model: torch.nn.Module) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
 
 
-def _try(
+def choose_kind(
     stage: Stage, planner: Planner, budget: float, items: Sequence[Item]
 ) -> tuple[Kind | None, Drafted | None]:
-    """Run a plan of every kind that may be the best; keep what whole runs favour."""
-    config = planner.config
+    """Run a plan of every kind that may be the best, refine one that reuses; keep the best.
+
+    Plans are ranked by the errors of whole runs: of the video times that of its change in time.
+    """
+    config, results = planner.config, planner.recording.results
+    tried: list[tuple[Kind, Drafted, TrialRecord]] = []
+
+    def run(kind: Kind, drafted: Drafted) -> float:
+        record = try_plan(stage, kind.name, drafted.plan, items, results, config)
+        tried.append((kind, drafted, record))
+        logger.info("%s: video off by %.4f, its change by %.4f",
+                    kind.name, record.output, record.temporal)  # fmt: skip
+        return record.score
+
     options = planner.worth_trying(budget)
-    if not options:
+    for kind, drafted in track(options, "trying plans", config.progress):
+        run(kind, drafted)
+    if planner.reuses and budget < 1.0:
+        refining = Kind("reuse, refined", planner.likeliest)
+        refined(planner.problem, budget, lambda found: run(refining, planner.drafted(found)))
+    if not tried:
         return None, None
-    plans = [(kind.name, drafted.plan) for kind, drafted in options]
-    trials = try_plans(stage, plans, items, planner.recording.results, config)
-    order = sorted(range(len(trials)), key=lambda index: trials[index].temporal)
-    kind, best = options[order[0]]
-    found = replace(best.plan.calibration, trials=tuple(trials[index] for index in order))
+    tried.sort(key=lambda one: one[2].score)
+    kind, best, _ = tried[0]
+    shown = {record.name: record for _, _, record in reversed(tried)}  # the best of every name
+    trials = tuple(sorted(shown.values(), key=lambda record: record.score))
+    found = replace(best.plan.calibration, trials=trials)
     return kind, replace(best, plan=replace(best.plan, calibration=found))
 
 

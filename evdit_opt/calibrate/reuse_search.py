@@ -1,8 +1,7 @@
 """Search plans that reuse residuals: which sites, which rule at each, and when to refresh.
 
-Damage is additive over sites, all alike, and over steps, which weigh as a :class:`Judge` says. How
-well that ranks plans, and what did not help, is in docs/notes/damage.md. For a fixed schedule the
-choice per site is then separable, and the best one within a budget is found by dynamic programming;
+Damage is additive over sites and steps (``damage.py``). For a fixed schedule the choice per site is
+then separable, and the best one within a budget is found by dynamic programming (``knapsack.py``);
 so is the best schedule for fixed rules (``schedule.py``). The two alternate, from two starts, for
 every number of refreshes.
 """
@@ -11,11 +10,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from evdit_opt.calibrate.damage import damage_of
 from evdit_opt.calibrate.knapsack import within_budget
 from evdit_opt.calibrate.prices import Prices
 from evdit_opt.calibrate.schedule import best_refreshes
@@ -23,16 +23,14 @@ from evdit_opt.calibrate.site_record import CandidateError, ReuseError
 from evdit_opt.masks import Rule
 
 __all__ = [
-    "EARLY",
-    "STEADY",
     "Found",
-    "Judge",
     "Option",
     "Problem",
     "cheapest_within",
     "evenly",
     "search",
     "site_options",
+    "with_rule",
 ]
 
 ROUNDS = 4
@@ -43,38 +41,6 @@ SMALLER = 1 - 1e-9
 
 REPAIRED = 3
 """Plans whose schedule is improved further."""
-
-
-@dataclass(frozen=True)
-class Judge:
-    """How errors of sites and steps add up to damage.
-
-    Attributes:
-        steps: what an error in a step counts: "noise", as the square of its noise level, because
-            what goes wrong early is carried on; "change", as far as the step moves that level.
-        temporal: what the squared error from frame to frame counts beside that of the output. It is
-            relative to changes that are small, so it is the larger number.
-    """
-
-    steps: Literal["noise", "change"]
-    temporal: float
-
-    def weights(self, levels: Sequence[float]) -> Tensor:
-        """What an error in every step counts, as shares of the run: ``[steps]``, float64."""
-        noise = torch.tensor([*levels, 0.0], dtype=torch.float64)
-        counts = noise[:-1].square() if self.steps == "noise" else noise[:-1] - noise[1:]
-        return counts / counts.sum()
-
-    def damage(self, output: Any, temporal: Any) -> Any:
-        """Damage by squared relative errors of a site's output, and of its change in time."""
-        return output + self.temporal * temporal
-
-
-EARLY = Judge("noise", 0.1)
-"""Ranks plans of very different quality best."""
-
-STEADY = Judge("change", 1.0)
-"""Keeps refreshes for the late steps, which make detail, and minds flicker."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +88,6 @@ class Problem:
         reuse: per site, of the rules that reuse; empty where that is impossible.
         levels: noise levels of the steps, descending.
         prices: what everything costs.
-        judge: what counts as damage.
         max_reusing: sites whose residuals fit the memory budget.
         max_rules: different rules a plan may hold.
     """
@@ -133,7 +98,24 @@ class Problem:
     prices: Prices
     max_reusing: int
     max_rules: int = 6
-    judge: Judge = EARLY
+
+    @cached_property
+    def drift(self) -> Mapping[str, Tensor]:
+        """Damage of step t with the residual of step s, per site ``[rules, steps, steps]``."""
+        return {
+            site: torch.stack(
+                [damage_of(o.output.clamp_min(0.0), o.temporal.clamp_min(0.0)) for o in own]
+            )
+            for site, own in self.reuse.items()
+            if own
+        }
+
+    @cached_property
+    def squares(self) -> Mapping[str, Tensor]:
+        """Squared relative error of the output, in the same way."""
+        return {
+            site: torch.stack([o.output for o in own]) for site, own in self.reuse.items() if own
+        }
 
 
 Pick = Callable[[Mapping[str, Sequence[Option]]], dict[str, Option] | None]
@@ -180,33 +162,62 @@ def cheapest_within(problem: Problem, threshold: float) -> Found | None:
     return min(found, key=lambda one: (one.price, one.damage), default=None)
 
 
-def evenly(problem: Problem, budget: float) -> Found | None:
-    """One rule at every site, as many evenly spaced refreshes as the budget allows.
+def evenly(
+    problem: Problem, budget: float, only: Rule | None = None, refreshes: int | None = None
+) -> Found | None:
+    """One rule at every site and evenly spaced refreshes.
 
     What one would set by hand, output caching (``CACHED``) included: a search has to beat it.
+
+    Args:
+        problem: what is known.
+        budget: bound on ``Found.price``.
+        only: the rule; None: the one of the least damage.
+        refreshes: how many; None: as many as the budget allows.
+
+    Returns:
+        None if the budget or the memory allows no such plan.
     """
     steps, sites = len(problem.levels), list(problem.errors)
     if len(sites) > problem.max_reusing or not all(problem.reuse[site] for site in sites):
         return None
     found = []
-    for rule in {own.rule: None for own in problem.reuse[sites[0]]}:
+    for rule in {own.rule: None for own in problem.reuse[sites[0]]} if only is None else (only,):
         prices = [problem.prices.rules[site].get(rule) for site in sites]
         reused = sum(price.reused for price in prices if price) / len(sites)
         refresh = sum(price.refresh for price in prices if price) / len(sites)
-        count = math.floor((budget - reused) * steps / max(refresh - reused, 1e-9) + 1e-9)
-        if None in prices or not 1 <= count <= steps:
-            continue
-        schedule = tuple(sorted({n * steps // count for n in range(count)}))
-
-        def pick(options: Mapping[str, Sequence[Option]], rule: Rule = rule) -> dict[str, Option]:
-            return {
-                site: next(o for o in own if o.rule == rule and o.reuses)
-                for site, own in options.items()
-            }
-
-        one = _at_schedule(problem, schedule, pick)
-        found += [one] if one is not None else []
+        most = math.floor((budget - reused) * steps / max(refresh - reused, 1e-9) + 1e-9)
+        count = min(most, steps) if refreshes is None else refreshes
+        if None not in prices and 1 <= count <= most:
+            schedule = tuple(sorted({n * steps // count for n in range(count)}))
+            found.append(_found(problem, schedule, dict.fromkeys(sites, rule)))
     return min(found, key=lambda one: one.damage, default=None)
+
+
+def with_rule(problem: Problem, found: Found, sites: Sequence[str], rule: Rule) -> Found:
+    """The plan with another rule, between refreshes, at some sites that reuse."""
+    rules = {site: option.rule for site, option in found.options.items() if option.rule}
+    return _found(problem, found.refreshes, rules | dict.fromkeys(sites, rule))
+
+
+def _found(problem: Problem, schedule: tuple[int, ...], rules: Mapping[str, Rule]) -> Found:
+    """A plan in which every site reuses, with a given rule."""
+    choice = {
+        site: next(
+            option
+            for option in site_options(problem, site, schedule)
+            if option.reuses and option.rule == rule
+        )
+        for site, rule in rules.items()
+    }
+    return _sum(problem, schedule, choice)
+
+
+def _sum(problem: Problem, schedule: tuple[int, ...], choice: Mapping[str, Option]) -> Found:
+    lead, steps = schedule[0], len(problem.levels)
+    total = sum(option.damage for option in choice.values())
+    cost = sum(option.cost + lead * problem.prices.dense[s] for s, option in choice.items())
+    return Found(choice, schedule, total, cost / steps / len(choice))
 
 
 def _alternate(problem: Problem, refreshes: int, lead: int, pick: Pick) -> Found | None:
@@ -255,13 +266,10 @@ def _neighbours(schedule: tuple[int, ...], steps: int) -> list[tuple[int, ...]]:
 
 def _at_schedule(problem: Problem, schedule: tuple[int, ...], pick: Pick) -> Found | None:
     """The best rules for a schedule; None if none fits, or none reuses."""
-    lead, steps = schedule[0], len(problem.levels)
     choice = _choose(problem, schedule, pick)
     if choice is None or not any(option.reuses for option in choice.values()):
         return None
-    total = sum(option.damage for option in choice.values())
-    cost = sum(option.cost + lead * problem.prices.dense[s] for s, option in choice.items())
-    return Found(choice, schedule, total, cost / steps / len(choice))
+    return _sum(problem, schedule, choice)
 
 
 def _choose(problem: Problem, schedule: tuple[int, ...], pick: Pick) -> dict[str, Option] | None:
@@ -283,53 +291,40 @@ def site_options(problem: Problem, site: str, schedule: tuple[int, ...]) -> list
     """Everything a site may do under a schedule; to stay dense comes first."""
     steps, lead = len(problem.levels), schedule[0]
     span = steps - lead
-    weights = problem.judge.weights(problem.levels)
     dense, prices = problem.prices.dense[site], problem.prices.rules[site]
     options = [Option(None, False, 0.0, dense * span, 0.0)]
     for own in problem.errors[site]:
-        moved = float(weights[lead:].sum())
-        done = moved * problem.judge.damage(own.output**2, own.temporal**2)
-        cost = prices[own.rule].sparse * span
-        options.append(Option(own.rule, False, done, cost, own.output))
-    latest, at = _reused(schedule, steps)
-    for reused in problem.reuse[site]:
-        output = float((weights[at] * reused.output[latest, at]).sum())
-        temporal = float((weights[at] * reused.temporal[latest, at]).sum())
-        price = prices[reused.rule]
-        cost = price.reused * len(at) + price.refresh * len(schedule)
-        options.append(
-            Option(reused.rule, True, problem.judge.damage(output, temporal), cost, output**0.5)
+        damage = span * damage_of(own.output**2, own.temporal**2)
+        options.append(Option(own.rule, False, damage, prices[own.rule].sparse * span, own.output))
+    stretches = zip(schedule, (*schedule[1:], steps), strict=True)
+    pairs = [(start, step) for start, stop in stretches for step in range(start + 1, stop)]
+    latest, at = [start for start, _ in pairs], [step for _, step in pairs]
+    if problem.reuse[site]:
+        damages = problem.drift[site][:, latest, at].sum(1).tolist()
+        errors = (
+            (problem.squares[site][:, latest, at].sum(1) / steps).clamp_min(0.0).sqrt().tolist()
         )
+        for reused, damage, error in zip(problem.reuse[site], damages, errors, strict=True):
+            price = prices[reused.rule]
+            cost = price.reused * len(at) + price.refresh * len(schedule)
+            options.append(Option(reused.rule, True, damage, cost, error))
     return options
-
-
-def _reused(schedule: tuple[int, ...], steps: int) -> tuple[list[int], list[int]]:
-    """For every step that reuses: the step of its residual, and the step."""
-    pairs = []
-    for start, stop in zip(schedule, (*schedule[1:], steps), strict=True):
-        pairs += [(start, step) for step in range(start + 1, stop)]
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
 def _mean_drift(problem: Problem) -> Tensor:
     """Damage of step t with the residuals of step s, mean over rules, summed over sites."""
-    weights = problem.judge.weights(problem.levels)
-    total = torch.zeros(len(weights), len(weights), dtype=torch.float64)
-    for reused in problem.reuse.values():
-        for own in reused:
-            total += problem.judge.damage(own.output, own.temporal) * weights / len(reused)
-    return total
+    return torch.stack([own.mean(0) for own in problem.drift.values()]).sum(0)
 
 
 def _total(problem: Problem, choice: Mapping[str, Option]) -> Tensor:
-    """Damage of step t with the residuals of step s, ``[steps, steps]``, over all sites."""
-    weights = problem.judge.weights(problem.levels)
-    total = torch.zeros(len(weights), len(weights), dtype=torch.float64)
-    for site, option in choice.items():
-        if option.reuses:
-            own = next(one for one in problem.reuse[site] if one.rule == option.rule)
-            total += problem.judge.damage(own.output, own.temporal) * weights
-    return total
+    """Damage of step t with the residuals of step s, summed over all sites that reuse."""
+    reusing = [(site, option.rule) for site, option in choice.items() if option.reuses]
+    places = {
+        site: [own.rule for own in problem.reuse[site]].index(rule)
+        for site, rule in reusing
+        if rule
+    }
+    return torch.stack([problem.drift[site][place] for site, place in places.items()]).sum(0)
 
 
 def _within_threshold(

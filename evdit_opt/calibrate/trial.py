@@ -14,40 +14,33 @@ from evdit_opt.calibrate.stage import Stage
 from evdit_opt.config import Config
 from evdit_opt.models import Denoiser, Item
 from evdit_opt.plan import Plan, TrialRecord
-from evdit_opt.progress import track
 
-__all__ = ["mean_error", "run_with_plan", "try_plans"]
+__all__ = ["mean_error", "run_with_plan", "try_plan"]
 
 
-def try_plans(
+def try_plan(
     stage: Stage,
-    plans: Sequence[tuple[str, Plan]],
+    name: str,
+    plan: Plan,
     items: Sequence[Item],
     dense: Sequence[torch.Tensor],
     config: Config,
-) -> tuple[TrialRecord, ...]:
-    """Run every named plan on ``items``; compare with the ``dense`` results of the same seeds.
+) -> TrialRecord:
+    """Run a plan on ``items``; compare with the ``dense`` results of the same seeds.
 
     ``dense`` may hold more runs.
     """
-    records = []
-    for name, plan in track(plans, "trying plans", config.progress):
-        sparse = stage.rehearse(
-            plan, items, config.seed, config.calib_steps, config.repeatable_impl
-        )
-        pairs = [
-            (_frames_first(s, plan).diff(dim=0), _frames_first(d, plan).diff(dim=0))
-            for s, d in zip(sparse, dense, strict=False)
-        ]
-        records.append(
-            TrialRecord(
-                name=name,
-                density=plan.density,
-                output=mean_error(sparse, dense),
-                temporal=sum(_relative(s, d) for s, d in pairs) / len(pairs),
-            )
-        )
-    return tuple(records)
+    sparse = stage.rehearse(plan, items, config.seed, config.calib_steps, config.repeatable_impl)
+    pairs = [
+        (_frames_first(s, plan).diff(dim=0), _frames_first(d, plan).diff(dim=0))
+        for s, d in zip(sparse, dense, strict=False)
+    ]
+    return TrialRecord(
+        name=name,
+        density=plan.density,
+        output=mean_error(sparse, dense),
+        temporal=sum(_relative(s, d) for s, d in pairs) / len(pairs),
+    )
 
 
 def run_with_plan(

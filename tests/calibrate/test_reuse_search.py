@@ -7,10 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evdit_opt.calibrate.damage import damage_of
 from evdit_opt.calibrate.prices import kept_pairs
 from evdit_opt.calibrate.reuse_search import (
-    EARLY,
-    STEADY,
     Problem,
     cheapest_within,
     evenly,
@@ -73,7 +72,6 @@ def test_every_limit_holds(sites, steps, seed, density, max_reusing, max_rules):
 @settings(max_examples=25)
 def test_two_sites_and_a_few_steps_come_close_to_trying_everything(seed):
     given_, density = problem(2, 5, seed), 0.45
-    weights, damage = EARLY.weights(given_.levels), EARLY.damage
     best = float("inf")
     for first in range(3):
         for later in product([False, True], repeat=5 - first - 1):
@@ -89,12 +87,10 @@ def test_two_sites_and_a_few_steps_come_close_to_trying_everything(seed):
                 span = 5 - first
                 options = [(0.0, float(span), False)]
                 for c in given_.errors[site]:
-                    moved = float(weights[first:].sum())
-                    done = moved * damage(c.output**2, c.temporal**2)
+                    done = span * damage_of(c.output**2, c.temporal**2)
                     options.append((done, c.density * span, False))
                 for c in given_.reuse[site]:
-                    drift = damage(c.output, c.temporal)[latest, at]
-                    done = float((weights[at] * drift).sum())
+                    done = float(damage_of(c.output, c.temporal)[latest, at].sum())
                     options.append((done, c.density * span + len(schedule), True))
                 own.append(options)
             for pair in product(*own):
@@ -117,12 +113,6 @@ def test_a_threshold_bounds_every_site_and_takes_the_cheapest():
     for one, threshold in ((tight, 0.02), (loose, 0.2)):
         assert all(option.error <= threshold for option in one.options.values())
     assert loose.price < tight.price
-
-
-def test_judges_weigh_steps_by_their_noise_or_its_change():
-    weights = EARLY.weights((1000.0, 900.0, 400.0))
-    assert STEADY.weights((1000.0, 900.0, 400.0)).tolist() == pytest.approx([0.1, 0.5, 0.4])
-    assert weights.tolist() == pytest.approx([100 / 197, 81 / 197, 16 / 197])
 
 
 @given(st.integers(1, 5), st.integers(2, 12), st.integers(0, 99), st.floats(0.05, 0.95))

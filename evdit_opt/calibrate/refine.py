@@ -1,0 +1,80 @@
+"""Improve a plan that reuses by true runs: predicted damage does not see how sites interact.
+
+What one site misses, others may make up for or double: with TinyWan, leaving a single site with the
+wrong rule costs as much as a fourth of all refreshes, and no error measured at single sites tells
+which (docs/notes/damage.md). So the search begins with one rule everywhere, which predictions do
+rank well, and tries other rules on groups of neighbouring sites.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from evdit_opt.calibrate.reuse_search import Found, Problem, evenly, with_rule
+
+__all__ = ["refined"]
+
+GROUPS = 6
+"""Groups of neighbouring sites whose rules are tried together."""
+
+BETTER = 0.98
+"""A change is kept that brings the score to this share of it, or below."""
+
+Score = Callable[[Found], float]
+
+
+def refined(problem: Problem, budget: float, score: Score) -> tuple[Found, float] | None:
+    """The best plan found by changing the rules of groups of sites, and its score.
+
+    It begins with as many even refreshes as the budget allows, and with one fewer, where there is
+    more to spend between them.
+
+    Args:
+        problem: what is known.
+        budget: bound on ``Found.price``.
+        score: runs a plan; the less the better. It is called at most ``2 * (1 + 2 * GROUPS)``
+            times.
+
+    Returns:
+        None if the budget or the memory allows no such plan.
+    """
+    most = evenly(problem, budget)
+    if most is None:
+        return None
+    rule = next(iter(most.options.values())).rule
+    fewer = evenly(problem, budget, rule, len(most.refreshes) - 1)
+    climbed = [_climb(problem, one, budget, score) for one in (most, fewer) if one is not None]
+    return min(climbed, key=lambda own: own[1])
+
+
+def _climb(problem: Problem, start: Found, budget: float, score: Score) -> tuple[Found, float]:
+    best, least = start, score(start)
+    for group in _groups(list(problem.errors)):
+        cheap, tried = _changes(problem, best, group, budget), 0
+        for changed in cheap:
+            value = score(changed)
+            tried += 1
+            if value <= BETTER * least:
+                best, least = changed, value
+            if tried == 2 or best is not changed:
+                break  # what is dearer is tried only after something cheaper has helped
+    return best, least
+
+
+def _changes(problem: Problem, found: Found, group: Sequence[str], budget: float) -> list[Found]:
+    """Plans with another rule in a group: the cheapest rule, and the one of least damage."""
+    own = found.options[group[0]].rule
+    rules = {reused.rule for reused in problem.reuse[group[0]]} - {own}
+    plans = [with_rule(problem, found, group, rule) for rule in rules]
+    dearer = [one for one in plans if found.price < one.price <= budget + 1e-9]
+    if not dearer:
+        return []
+    cheapest = min(dearer, key=lambda one: (one.price, one.damage))
+    least = min(dearer, key=lambda one: (one.damage, one.price))
+    return [cheapest] if cheapest == least else [cheapest, least]
+
+
+def _groups(sites: Sequence[str]) -> list[Sequence[str]]:
+    """The sites in order, in at most ``GROUPS`` parts of about equal size."""
+    count = min(GROUPS, len(sites))
+    cuts = [part * len(sites) // count for part in range(count + 1)]
+    return [sites[a:b] for a, b in pairwise(cuts)]
