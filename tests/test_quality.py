@@ -133,7 +133,7 @@ def test_compare_pairs_clip_by_clip() -> None:
     assert report.flicker_ratio.mean == pytest.approx(1.0)
     assert report.flicker_ratio.stderr == pytest.approx(0.0)
     assert report.motion_consistency.mean == pytest.approx(1.0)
-    assert "30.000 ± 10.000 dB" in report.describe()
+    assert "30.000 (20.000 to 40.000) dB" in report.describe()
 
 
 def test_compare_of_equal_clips_is_finite() -> None:
@@ -183,3 +183,19 @@ def test_clips_without_twins_are_refused() -> None:
 def test_frames_too_small_for_ssim_are_refused() -> None:
     with pytest.raises(CalibrationError, match="at least 11 x 11"):
         ssim(torch.zeros(2, 10, 16, 3), torch.zeros(2, 10, 16, 3))
+
+
+def test_intervals_hold_the_mean_and_shrink_with_more_clips() -> None:
+    chance = np.random.default_rng(1)
+    widths = []
+    for count in (8, 128):
+        measured = Measured.of(chance.normal(30.0, 2.0, count).tolist())
+        assert measured.low is not None
+        assert measured.high is not None
+        assert measured.stderr is not None
+        assert measured.low < measured.mean < measured.high
+        # Normal values: about 1.96 standard errors to each side, less for few (percentiles).
+        assert 0.8 * 1.96 < (measured.high - measured.low) / 2 / measured.stderr < 1.1 * 1.96
+        widths.append(measured.high - measured.low)
+    assert widths[1] < widths[0] / 2
+    assert Measured.of([30.0]).low is None
