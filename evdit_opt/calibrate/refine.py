@@ -16,6 +16,9 @@ __all__ = ["refined"]
 GROUPS = 6
 """Groups of neighbouring sites whose rules are tried together."""
 
+SWEEPS = 2
+"""Times that all groups are gone through: a change may help only after another."""
+
 BETTER = 0.98
 """A change is kept that brings the score to this share of it, or below."""
 
@@ -31,8 +34,8 @@ def refined(problem: Problem, budget: float, score: Score) -> tuple[Found, float
     Args:
         problem: what is known.
         budget: bound on ``Found.price``.
-        score: runs a plan; the less the better. It is called at most ``2 * (1 + 2 * GROUPS)``
-            times.
+        score: runs a plan; the less the better. It is called at most
+            ``2 * (1 + 2 * GROUPS * SWEEPS)`` times, in practice less than half as often.
 
     Returns:
         None if the budget or the memory allows no such plan.
@@ -48,15 +51,16 @@ def refined(problem: Problem, budget: float, score: Score) -> tuple[Found, float
 
 def _climb(problem: Problem, start: Found, budget: float, score: Score) -> tuple[Found, float]:
     best, least = start, score(start)
-    for group in _groups(list(problem.errors)):
-        cheap, tried = _changes(problem, best, group, budget), 0
-        for changed in cheap:
-            value = score(changed)
-            tried += 1
-            if value <= BETTER * least:
+    for _ in range(SWEEPS):
+        before = least
+        for group in _groups(list(problem.errors)):
+            for changed in _changes(problem, best, group, budget):
+                value = score(changed)
+                if value > BETTER * least:
+                    break  # what is dearer is tried only where something cheaper has helped
                 best, least = changed, value
-            if tried == 2 or best is not changed:
-                break  # what is dearer is tried only after something cheaper has helped
+        if least == before:
+            break
     return best, least
 
 

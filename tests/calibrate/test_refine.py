@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evdit_opt.calibrate.refine import GROUPS, refined
+from evdit_opt.calibrate.refine import GROUPS, SWEEPS, refined
 from evdit_opt.calibrate.reuse_search import Found, evenly
 from evdit_opt.masks import CACHED
 from tests.calibrate.test_reuse_search import OWN, problem
@@ -41,7 +41,7 @@ def test_it_keeps_the_budget_and_is_never_worse_than_where_it_began(
         return found.damage
 
     found = refined(given_, budget, score)
-    assert len(scores) <= 2 * (1 + 2 * GROUPS)
+    assert len(scores) <= 2 * (1 + 2 * GROUPS * SWEEPS)
     if found is not None:
         start = evenly(given_, budget)
         assert start is not None
