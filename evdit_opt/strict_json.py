@@ -128,12 +128,13 @@ def _build_tuple(items: tuple[Any, ...], value: Any, where: str) -> tuple[Any, .
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        plain = {}
+        plain: dict[str, Any] = {}
+        hints = _hints(type(value))  # type: ignore[arg-type]  # a class is hashable
         for field in dataclasses.fields(value):
             item = getattr(value, field.name)
             if field.metadata.get(OPTIONAL) and item == field.default:
                 continue
-            pairs = _hints(type(value))[field.name] == Pairs
+            pairs = hints[field.name] == Pairs
             plain[field.name] = dict(item) if pairs else _plain(item)
         return plain
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
