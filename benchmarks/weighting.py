@@ -52,6 +52,7 @@ def main() -> None:
         calib_steps=arguments.steps,
         reuse=False,
         seed=arguments.seed,
+        trial_prompts=len(prompts),  # whose clips are kept
         pipe_kwargs=TINYWAN_CALL,
     )
     survey = survey_attention(denoiser)

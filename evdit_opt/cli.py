@@ -9,11 +9,13 @@ import typer
 from evdit_opt.commands.calibrate import calibrate
 from evdit_opt.commands.common import (
     MODEL_HELP,
+    AsJson,
     Precision,
     console,
     given,
     only_result_on_stdout,
     or_exit,
+    write_json,
 )
 from evdit_opt.commands.measure import measure
 from evdit_opt.commands.plan import plans
@@ -45,11 +47,20 @@ def demo(
     clips: Annotated[int, typer.Option(min=1, help="Held-out clips to generate per variant.")] = 12,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a clip.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of the first clip; the next ones follow.")] = 1000,
+    as_json: AsJson = False,
 ) -> None:
     """Calibrate, optimize and run TinyWan (built in, no download, CPU is enough), and report."""
     from evdit_opt.demo.run import run_demo
 
-    or_exit(lambda: run_demo(folder, clips=clips, steps=steps, seed=seed, console=console))
+    def run() -> None:
+        if not as_json:
+            run_demo(folder, clips=clips, steps=steps, seed=seed, console=console)
+            return
+        with only_result_on_stdout():
+            report = run_demo(folder, clips=clips, steps=steps, seed=seed, console=console)
+        write_json(report)
+
+    or_exit(run)
 
 
 @app.command()
@@ -74,9 +85,7 @@ def inspect(
     timing: Annotated[
         bool, typer.Option(help="Compile the call twice to time it with and without attention.")
     ] = True,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List every attention of a model: which can be sparse or why not, and what that could win."""
     import torch
@@ -115,6 +124,7 @@ def onnx(
         Precision | None, typer.Option(help="What it runs in; as loaded if left out.")
     ] = None,
     opset: Annotated[int, typer.Option(min=18, help="Version of ONNX's operator set.")] = 18,
+    as_json: AsJson = False,
 ) -> None:
     """Write the denoiser with its sparse attention in ONNX's standard operators, at one size."""
     import torch
@@ -129,6 +139,9 @@ def onnx(
             written = export_named(
                 pipeline, plan, out, prompt=prompt, sizes=sizes, dtype=precision, opset=opset
             )
-        console.print(written, markup=False, highlight=False)
+        if as_json:
+            write_json({"out": str(out), "bytes": out.stat().st_size, "written": written})
+        else:
+            console.print(written, markup=False, highlight=False)
 
     or_exit(run)

@@ -60,7 +60,7 @@ class Plan:
         model_class: class name of the model.
         model_config_hash: hash of its configuration.
         sites: every 3D self-attention of the model, in model order.
-        grid: the latent grid it was calibrated at.
+        grid: the latent grid its densities hold at.
         grid_source: how a forward's grid is read from its arguments.
         min_tokens: sequence length in tokens below which sites run dense.
         fullgraph: True if the model was captured as one graph.
@@ -69,6 +69,8 @@ class Plan:
         quality: held-out clips compared with their dense twins; None if not verified.
         speed: measured speed; None if not measured.
         predicted: the speed that calibration expected; None if it went by density.
+        calibrated_at: the latent grid it was calibrated at, where that is not ``grid``: see
+            ``retarget``.
         versions: names and versions of the packages it was made with, sorted by name.
         schema_version: of the file format.
 
@@ -88,6 +90,7 @@ class Plan:
     quality: QualityReport | None = None
     speed: SpeedRecord | None = None
     predicted: SpeedRecord | None = field(default=None, metadata={strict_json.OPTIONAL: True})
+    calibrated_at: VideoGrid | None = field(default=None, metadata={strict_json.OPTIONAL: True})
     versions: tuple[tuple[str, str], ...] = ()
     schema_version: int = SCHEMA_VERSION
 
@@ -96,8 +99,9 @@ class Plan:
         require_text("model_class", self.model_class, 256)
         require_text("model_config_hash", self.model_config_hash, 128)
         require_int("min_tokens", self.min_tokens, 0, MAX_TOKENS)
-        require_int("grid.frames", self.grid.frames, 1, MAX_FRAMES)
-        require_int("tokens of the grid", self.grid.tokens, 1, MAX_TOKENS)
+        for grid in (self.grid, self.calibrated_at or self.grid):
+            require_int("grid.frames", grid.frames, 1, MAX_FRAMES)
+            require_int("tokens of the grid", grid.tokens, 1, MAX_TOKENS)
         if not 1 <= len(self.sites) <= MAX_SITES:
             raise PlanError(f"expected 1 to {MAX_SITES} sites, got {len(self.sites)}")
         [(name, count)] = Counter(site.name for site in self.sites).most_common(1)
@@ -262,7 +266,7 @@ class Plan:
 
     def describe(self) -> str:
         """The plan as a table for people."""
-        grid = self.grid
+        grid = self.calibrated_at or self.grid
         head = [
             f"plan {self.fingerprint()[:12]} for {self.model_class}",
             f"calibrated at {grid.frames} x {grid.height} x {grid.width} tokens, "
@@ -270,6 +274,13 @@ class Plan:
             f"threshold {self.calibration.threshold:.3g}",
             f"mean density {self.density:.3f}, {len(self.rules)} of {len(self.sites)} sites sparse",
         ]
+        if self.calibrated_at is not None:
+            grid = self.grid
+            head.insert(
+                2,
+                f"extrapolated to {grid.frames} x {grid.height} x {grid.width} tokens, where "
+                f"{'nothing' if self.quality is None else 'only the quality'} was measured",
+            )
         if self.reuse is not None:
             head.append(
                 f"{len(self.reuse.sites)} sites reuse what their mask drops, renewed at "

@@ -49,6 +49,33 @@ def test_inspect_json_is_all_there_is_on_stdout(evdit):
     assert told["attention"] is None
 
 
+def test_json_of_the_commands_that_write(evdit, tmp_path, monkeypatch):
+    def demo(folder, **options):
+        options["console"].print("a story")
+        return {"clips": options["clips"]}
+
+    def export(_name, _plan, out, **_):
+        out.write_bytes(b"12345")
+        return "written"
+
+    monkeypatch.setattr("evdit_opt.demo.run.run_demo", demo)
+    monkeypatch.setattr("evdit_opt.export.command.export_named", export)
+    result = evdit.invoke(app, ["demo", "--clips", "3", "--json"])
+    assert json.loads(result.stdout) == {"clips": 3}
+    assert "a story" in result.stderr
+    out = str(tmp_path / "x.onnx")
+    result = evdit.invoke(app, ["export", "onnx", "m", "--plan", "p", "--out", out, "--json"])
+    assert json.loads(result.stdout) == {"out": out, "bytes": 5, "written": "written"}
+
+
+def test_an_interruption_is_exit_code_130(evdit, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("evdit_opt.demo.run.run_demo", interrupted)
+    assert evdit.invoke(app, ["demo"]).exit_code == 130
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["inspect"], ["inspect", "tinywan", "--frames", "0"], ["inspect", "tinywan", "--dtype", "x"]],

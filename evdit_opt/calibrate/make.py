@@ -4,6 +4,8 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -11,6 +13,7 @@ from evdit_opt.apply import is_optimized
 from evdit_opt.calibrate.aim import find_budget
 from evdit_opt.calibrate.clock import Clock, measure_clock
 from evdit_opt.calibrate.draft import Drafter
+from evdit_opt.calibrate.kept import Kept, purpose
 from evdit_opt.calibrate.kinds import Drafted, Kind, Planner
 from evdit_opt.calibrate.prices import Prices, kept_pairs
 from evdit_opt.calibrate.record import Recording, record
@@ -35,7 +38,13 @@ BACK_OFFS = 3
 """How often a plan that misses the quality floor is made denser before giving up."""
 
 
-def make_plan(target: object, calib: Iterable[Item], config: Config | None = None) -> Plan:
+def make_plan(
+    target: object,
+    calib: Iterable[Item],
+    config: Config | None = None,
+    *,
+    keep_in: str | os.PathLike[str] | None = None,
+) -> Plan:
     """Calibrate: find out where a model's 3D attention can be sparse, and how sparse.
 
     Runs the dense model on the calibration items and measures every candidate mask at every site
@@ -49,13 +58,17 @@ def make_plan(target: object, calib: Iterable[Item], config: Config | None = Non
         calib: prompts (pipeline), or dicts of forward kwargs (module).
         config: settings; ``Config()`` if None. For a pipeline, ``config.pipe_kwargs`` gives the
             size of the clips.
+        keep_in: a folder for what is finished, so that a calibration that was killed goes on where
+            it was: every run is kept there, one clip each. It is made if missing; what lies in it
+            is taken up, and stays: remove it when the plan is saved. None: nothing is kept.
 
     Returns:
         The plan. Sites that stay dense are in it with the reason.
 
     Raises:
         AlreadyOptimizedError: if a plan is applied to the model already.
-        CalibrationError: if there are too few items, or items of the wrong kind.
+        CalibrationError: if there are too few items, or items of the wrong kind, or ``keep_in``
+            holds another calibration.
         LayoutError: if frames, height and width of the token sequence cannot be established.
         NoVideoAttentionError: if the model has no 3D full self-attention.
         NonFiniteOutputError: if a run holds NaN or infinity.
@@ -76,6 +89,9 @@ def make_plan(target: object, calib: Iterable[Item], config: Config | None = Non
             f"{config.verify_prompts} are held out to measure quality on), got "
             f"{len(denoiser.items)}; give more, or lower Config.verify_prompts"
         )
+    kept = Kept()
+    if keep_in is not None:
+        kept = Kept(Path(keep_in), purpose(target, denoiser, config))
     survey = survey_attention(denoiser, config.grid)
     drafter = Drafter(denoiser, survey, config)
     longest = max(layout.seq_len for layout in survey.layouts.values())
@@ -84,19 +100,19 @@ def make_plan(target: object, calib: Iterable[Item], config: Config | None = Non
 
     searched_items = denoiser.items[:searched]
     with staged(denoiser, survey.layouts, survey.scoped) as stage:
-        recording = record(stage, searched_items, config, survey.grid_source.input)
+        recording = record(stage, searched_items, config, survey.grid_source.input, kept)
     # Compiled models are timed without the stage.
     clock = None if config.speedup is None else measure_clock(drafter, recording)
     prices = kept_pairs(recording.errors, recording.reuse) if clock is None else clock.prices
     problem = make_problem(recording, prices, config, denoiser.model)
     planner = Planner(drafter, recording, problem)
-    with staged(denoiser, survey.layouts, survey.scoped) as stage:
+    with staged(denoiser, survey.layouts, survey.scoped, kept) as stage:
         rehearsed = searched_items[: config.trial_prompts]
         budget = find_budget(stage, planner, clock, rehearsed)
         kind, drafted = choose_kind(stage, planner, budget, rehearsed)
     if kind is None or drafted is None:
         return planner.all_dense()
-    return _verify(drafter, kind, drafted, clock, searched)
+    return _verify(drafter, kind, drafted, clock, searched, kept)
 
 
 def make_problem(
@@ -165,7 +181,12 @@ def choose_kind(
 
 
 def _verify(
-    drafter: Drafter, kind: Kind, drafted: Drafted, clock: Clock | None, searched: int
+    drafter: Drafter,
+    kind: Kind,
+    drafted: Drafted,
+    clock: Clock | None,
+    searched: int,
+    kept: Kept,
 ) -> Plan:
     """Measure quality on held-out items; back off towards dense while it misses the floor."""
     denoiser, config = drafter.denoiser, drafter.config
@@ -174,11 +195,11 @@ def _verify(
     if not held_out:
         return plan
     dense = [
-        denoiser.run(item, config.seed + searched + index, config.calib_steps)
-        for index, item in enumerate(held_out)
+        kept.run(f"dense-{n}", partial(denoiser.run, item, config.seed + n, config.calib_steps))
+        for n, item in enumerate(held_out, searched)
     ]
     for back_offs in range(BACK_OFFS + 1):
-        sparse = run_with_plan(denoiser, plan, held_out, config, first=searched)
+        sparse = run_with_plan(denoiser, plan, held_out, config, searched, kept)
         found = replace(plan.calibration, held_out_error=mean_error(sparse, dense))
         quality = compare(sparse, dense) if denoiser.makes_video else None
         plan = replace(plan, calibration=found, quality=quality)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from evdit_opt.calibrate.candidates import candidate_rules, reused_rules
+from evdit_opt.calibrate.kept import Kept
 from evdit_opt.calibrate.site_record import CandidateError, ReuseError, SiteRecord
 from evdit_opt.calibrate.stage import Stage
 from evdit_opt.calibrate.steps import Steps
@@ -15,6 +16,8 @@ from evdit_opt.models import Item, require_finite
 from evdit_opt.progress import track
 
 __all__ = ["Recording", "record"]
+
+STATE = "recording"
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Recording:
         branches: guidance branches of a run: calls of the model per step.
         residual_bytes: per site, of one residual.
         mass: per site, share of attention by tile, ``[heads, frames, parts]``.
-        results: what each dense run returned (see ``Denoiser.run``).
+        results: what the first ``config.trial_prompts`` dense runs returned (see ``Denoiser.run``).
     """
 
     errors: Mapping[str, tuple[CandidateError, ...]]
@@ -40,7 +43,9 @@ class Recording:
     results: Sequence[Tensor]
 
 
-def record(stage: Stage, items: Sequence[Item], config: Config, video: str) -> Recording:
+def record(
+    stage: Stage, items: Sequence[Item], config: Config, video: str, kept: Kept | None = None
+) -> Recording:
     """Dense runs of all items, with every forward measured.
 
     Args:
@@ -48,6 +53,7 @@ def record(stage: Stage, items: Sequence[Item], config: Config, video: str) -> R
         items: prompts or calls to run; the seed of item n is ``config.seed + n``.
         config: candidates, steps, seed.
         video: the parameter of the model's forward that holds the video.
+        kept: where finished runs are; None: nowhere.
 
     Raises:
         NonFiniteOutputError: on NaN or infinity in an attention input or a result.
@@ -75,14 +81,31 @@ def record(stage: Stage, items: Sequence[Item], config: Config, video: str) -> R
         residual_bytes[name] = q.numel() * q.element_size()
         sites[name].add(q, k, v, attn_mask, scale, steps.branch, steps.step)
 
-    results, branches = [], 1
+    kept = kept or Kept()
+    results, branches, done = [], 1, 0
+    if (earlier := kept.load(STATE)) is not None:
+        state, facts = earlier
+        done, branches = facts["done"], facts["branches"]
+        residual_bytes |= facts["residual_bytes"]
+        steps.levels = dict(enumerate(facts["levels"]))
+        for name, site in sites.items():
+            site.load_state(_of_site(state, name))
+        results = [kept.run(f"dense-{n}", _missing) for n in range(min(done, config.trial_prompts))]
     with stage.playing(measure, steps.listen):
-        for index, item in enumerate(track(items, "calibrating", config.progress)):
-            results.append(denoiser.run(item, config.seed + index, config.calib_steps))
+        for index, item in enumerate(track(items[done:], "calibrating", config.progress), done):
+            result = denoiser.run(item, config.seed + index, config.calib_steps)
             for site in sites.values():
                 site.end_run()
             branches = max(branches, steps.branches)
             steps.end_run()
+            if index < config.trial_prompts:
+                results.append(result)
+                kept.save(f"dense-{index}", {"result": result})
+            facts = {
+                "done": index + 1, "branches": branches, "residual_bytes": residual_bytes,
+                "levels": [steps.levels[step] for step in sorted(steps.levels)],
+            }  # fmt: skip
+            kept.save(STATE, _by_site(sites), facts)
     unseen = [name for name, site in sites.items() if site.calls == 0]
     if unseen:
         raise CalibrationError(
@@ -97,4 +120,24 @@ def record(stage: Stage, items: Sequence[Item], config: Config, video: str) -> R
         residual_bytes=residual_bytes,
         mass={name: site.mass() for name, site in sites.items()},
         results=results,
+    )
+
+
+def _by_site(sites: Mapping[str, SiteRecord]) -> dict[str, Tensor]:
+    return {
+        f"{name}/{key}": value
+        for name, site in sites.items()
+        for key, value in site.state().items()
+    }
+
+
+def _of_site(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    own = f"{name}/"
+    return {key.removeprefix(own): value for key, value in state.items() if key.startswith(own)}
+
+
+def _missing() -> Tensor:
+    raise CalibrationError(
+        "expected the dense clips of an unfinished calibration beside its sums; remove its folder "
+        "to calibrate anew"
     )

@@ -5,7 +5,7 @@ One dense recording pass gives q, k, v of every site. A few positions of every f
 across steps it takes the residuals of all steps of one run: a fixed sample of their numbers.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,6 +141,27 @@ class SiteRecord:
             if list(steps) == list(range(len(steps))):
                 self._compare(torch.stack(list(steps.values())))
         self._run = {}
+
+    def state(self) -> dict[str, Tensor]:
+        """All sums between two runs, to go on from with :meth:`load_state`."""
+        counts = torch.tensor([self.calls, self.once_a_step])
+        found = {"counts": counts, "error": self._error, "scale": self._scale}
+        optional = {"mass": self._mass, "drift": self._drift, "drift_scale": self._drift_scale}
+        found |= {name: value for name, value in optional.items() if value is not None}
+        return found | {f"kept.{head}": numbers for head, numbers in self._kept.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of :meth:`state`, in a record made with the same arguments."""
+        self.calls, once_a_step = state["counts"].tolist()
+        self.once_a_step = bool(once_a_step)
+        self._error, self._scale = state["error"], state["scale"]
+        self._mass = state.get("mass")
+        self._drift, self._drift_scale = state.get("drift"), state.get("drift_scale")
+        self._kept = {
+            int(name.removeprefix("kept.")): numbers
+            for name, numbers in state.items()
+            if name.startswith("kept.")
+        }
 
     def errors(self) -> tuple[CandidateError, ...]:
         """Of all rules over the calls added so far, in the order given."""

@@ -7,13 +7,15 @@ to rounding.
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evdit_opt.calibrate.kept import Kept
 from evdit_opt.generations import Generation, Generations
 from evdit_opt.grid import TokenLayout
 from evdit_opt.kernels import tile_attention
@@ -39,12 +41,14 @@ class Stage:
         layouts: token layout per site.
         attend: what every attention of a site calls; see ``observe_attention.Callback``.
         begin: gets the arguments of every call of the model, by name, before it runs.
+        kept: where finished runs under a plan are.
     """
 
     denoiser: Denoiser
     layouts: Mapping[str, TokenLayout]
     attend: Callback = _dense
     begin: Callable[[dict[str, Any]], None] = _dense
+    kept: Kept = field(default_factory=Kept)
 
     @contextmanager
     def playing(self, attend: Callback, begin: Callable[[dict[str, Any]], None]) -> Iterator[None]:
@@ -71,13 +75,22 @@ class Stage:
             What each run returned; see ``Denoiser.run``.
         """
         rehearsal = Rehearsal(plan, self.layouts, impl)
+        name = f"rehearsed-{plan.fingerprint()[:32]}-{impl}"
         with self.playing(rehearsal.attend, rehearsal.begin):
-            return [self.denoiser.run(item, seed + n, steps) for n, item in enumerate(items)]
+            return [
+                self.kept.run(
+                    f"{name}-{seed + n}", partial(self.denoiser.run, item, seed + n, steps)
+                )
+                for n, item in enumerate(items)
+            ]
 
 
 @contextmanager
 def staged(
-    denoiser: Denoiser, layouts: Mapping[str, TokenLayout], scoped: Collection[str] = ()
+    denoiser: Denoiser,
+    layouts: Mapping[str, TokenLayout],
+    scoped: Collection[str] = (),
+    kept: Kept | None = None,
 ) -> Iterator[Stage]:
     """Put a model on stage.
 
@@ -85,8 +98,9 @@ def staged(
         denoiser: the model and how to run it.
         layouts: token layout per site, in model order.
         scoped: those sites that are reached in a scope.
+        kept: where finished runs under a plan are; None: nowhere.
     """
-    stage = Stage(denoiser, layouts)
+    stage = Stage(denoiser, layouts, kept=kept or Kept())
     with (
         observe(denoiser.model, tuple(layouts), lambda *a: stage.attend(*a), scoped=scoped),
         watched(denoiser.model, lambda arguments: stage.begin(arguments)),

@@ -6,10 +6,12 @@ by an error that sees time.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from evdit_opt.apply import apply_plan, restore
+from evdit_opt.calibrate.kept import Kept
 from evdit_opt.calibrate.stage import Stage
 from evdit_opt.config import Config
 from evdit_opt.models import Denoiser, Item
@@ -44,17 +46,24 @@ def try_plan(
 
 
 def run_with_plan(
-    denoiser: Denoiser, plan: Plan, items: Sequence[Item], config: Config, first: int = 0
+    denoiser: Denoiser,
+    plan: Plan,
+    items: Sequence[Item],
+    config: Config,
+    first: int = 0,
+    kept: Kept | None = None,
 ) -> list[torch.Tensor]:
     """Run items with seeds ``config.seed + first`` and on, under ``plan``; dense again afterwards.
 
-    The rewritten graph is not compiled further: too few steps run here to pay for that.
+    What is in ``kept`` already is not run again. The rewritten graph is not compiled further: too
+    few steps run here to pay for that.
     """
     apply_plan(denoiser.model, plan, inner="eager", impl=config.repeatable_impl)
     try:
+        kept, name = kept or Kept(), f"verified-{plan.fingerprint()[:32]}"
         return [
-            denoiser.run(item, config.seed + first + index, config.calib_steps)
-            for index, item in enumerate(items)
+            kept.run(f"{name}-{seed}", partial(denoiser.run, item, seed, config.calib_steps))
+            for seed, item in enumerate(items, config.seed + first)
         ]
     finally:
         restore(denoiser.model)

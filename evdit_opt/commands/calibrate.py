@@ -1,8 +1,6 @@
 """``evdit calibrate``: from prompts to a plan file."""
 
 import enum
-import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,14 +9,16 @@ import typer
 
 from evdit_opt.commands.common import (
     MODEL_HELP,
+    AsJson,
     Precision,
     console,
     given,
     only_result_on_stdout,
     or_exit,
     require_writable,
+    write_json,
 )
-from evdit_opt.commands.plan import summary
+from evdit_opt.commands.summary import summary
 from evdit_opt.errors import CalibrationError, QualityFloorError
 
 if TYPE_CHECKING:
@@ -91,14 +91,17 @@ def calibrate(
     dtype: Annotated[
         Precision | None, typer.Option(help="What to run in; as loaded if left out.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a calibration that was interrupted.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Find out on a few prompts where attention can be sparse, and write it down as a plan.
 
     The file is written at the end, whole or not at all: what was there before survives an
-    interruption. Leave out the options to get the defaults of evdit_opt.Config.
+    interruption. Every finished run is kept beside it, in OUT.unfinished, until then: the same
+    command with --resume goes on, and repeats one run at most. Leave out the options to get the
+    defaults of evdit_opt.Config. Exit code 3: no plan within the quality floor.
     """
     if sum(value is not None for value in (density, speedup, threshold)) > 1:
         raise typer.BadParameter("give one of --density, --speedup and --threshold")
@@ -120,14 +123,23 @@ def calibrate(
     call = given(num_frames=frames, height=height, width=width, guidance_scale=guidance)
 
     def run() -> None:
+        from evdit_opt.calibrate.kept import remove_kept
+
         require_writable(out)
+        unfinished = out.with_name(f"{out.name}.unfinished")
+        if unfinished.exists() and not resume:
+            raise CalibrationError(
+                f"expected no unfinished calibration for {out}, found {unfinished}; go on with it "
+                "by --resume, or remove it"
+            )
         texts = [*read_prompts(prompts), *(prompt or ())]
         with only_result_on_stdout():
-            plan = _make(pipeline, texts, settings, call, device, dtype, out)
+            plan = _make(pipeline, texts, settings, call, device, dtype, out, unfinished)
             plan.save(out)
+            remove_kept(unfinished)
         if as_json:
             told = {"out": str(out), **summary(plan)}
-            sys.stdout.write(json.dumps(told, indent=2, sort_keys=True) + "\n")
+            write_json(told)
         else:
             console.print(plan.describe(), markup=False, highlight=False, soft_wrap=True)
             console.print(f"written to {out}", markup=False, highlight=False, soft_wrap=True)
@@ -165,6 +177,7 @@ def _make(
     device: str | None,
     dtype: Precision | None,
     out: Path,
+    unfinished: Path,
 ) -> "Plan":
     import torch
 
@@ -182,7 +195,7 @@ def _make(
         )
     config = replace(config, pipe_kwargs=found.pipe_kwargs)
     try:
-        return make_plan(found.target, found.items, config)
+        return make_plan(found.target, found.items, config, keep_in=unfinished)
     except QualityFloorError as error:
         raise _kept(error, out) from error
 

@@ -2,18 +2,20 @@
 
 import contextlib
 import enum
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from evdit_opt.errors import EvditError, UnsupportedInputError
+from evdit_opt.errors import EvditError, QualityFloorError, UnsupportedInputError
 
 __all__ = [
     "MODEL_HELP",
+    "AsJson",
     "Precision",
     "console",
     "given",
@@ -21,12 +23,17 @@ __all__ = [
     "or_exit",
     "require_writable",
     "tell_error",
+    "write_json",
 ]
 
 MODEL_HELP = (
     "'tinywan', a pipeline's folder or Hugging Face id, a transformer's folder, or "
     "module:factory (returns a pipeline, or a module and the kwargs of a call)."
 )
+AsJson = Annotated[
+    bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
+]
+BELOW_FLOOR, INTERRUPTED = 3, 130
 console = Console()
 
 
@@ -39,12 +46,24 @@ class Precision(enum.Enum):
 
 
 def or_exit(action: Callable[[], object], code: int = 1) -> None:
-    """Run; one of our errors becomes one line on stderr and an exit code."""
+    """Run; one of our errors becomes one line on stderr and an exit code.
+
+    Args:
+        action: what to run.
+        code: for all errors but a missed quality floor, which is 3. An interruption is 130, as
+            shells have it; wrong usage is 2, by typer.
+    """
     try:
         action()
+    except QualityFloorError as error:
+        tell_error(error)
+        raise typer.Exit(BELOW_FLOOR) from error
     except EvditError as error:
         tell_error(error)
         raise typer.Exit(code) from error
+    except KeyboardInterrupt as error:
+        Console(stderr=True).print("interrupted")
+        raise typer.Exit(INTERRUPTED) from error
 
 
 def tell_error(error: EvditError) -> None:
@@ -74,3 +93,8 @@ def require_writable(out: Path) -> None:
     """
     if not out.parent.is_dir() or out.is_dir():
         raise UnsupportedInputError(f"expected a file to write in a folder there is, got {out}")
+
+
+def write_json(value: dict[str, Any]) -> None:
+    """One object on stdout, keys sorted."""
+    sys.stdout.write(json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -10,6 +10,7 @@ import typer
 from evdit_opt.commands.calibrate import read_prompts
 from evdit_opt.commands.common import (
     MODEL_HELP,
+    AsJson,
     Precision,
     console,
     given,
@@ -49,9 +50,7 @@ def measure(
     out: Annotated[
         Path | None, typer.Option(help="A folder for measure.json and a picture; made if missing.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure where each layer's attention goes, and how far that repeats.
 

@@ -1,25 +1,24 @@
-"""``evdit plan``: look at a plan, compare two, check one."""
+"""``evdit plan``: look at a plan, compare two, check one, move one to another size."""
 
 import json
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from evdit_opt.commands.common import console, or_exit, tell_error
+from evdit_opt.commands.common import AsJson, console, or_exit, tell_error, write_json
+from evdit_opt.commands.retarget import retarget
+from evdit_opt.commands.summary import summary
 from evdit_opt.errors import PlanError
 
-__all__ = ["plans", "summary"]
+__all__ = ["plans"]
 
-plans = typer.Typer(help="Look at a plan, compare two, check one.", no_args_is_help=True)
+plans = typer.Typer(help="Look at a plan, compare two, check one, move one.", no_args_is_help=True)
+plans.command()(retarget)
 TROUBLE = 2
 """Exit code of ``diff`` where a plan cannot be read, as of diff(1): 1 says that they differ."""
 
 PlanFile = Annotated[Path, typer.Argument(help="A plan file, *.evdit.json.")]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
-]
 
 
 @plans.command()
@@ -30,7 +29,7 @@ def show(plan: PlanFile, as_json: AsJson = False) -> None:
     def run() -> None:
         loaded = Plan.load(plan)
         if as_json:
-            _write({**summary(loaded), "plan": json.loads(loaded.to_json())})
+            write_json({**summary(loaded), "plan": json.loads(loaded.to_json())})
         else:
             console.print(loaded.describe(), markup=False, highlight=False, soft_wrap=True)
 
@@ -46,7 +45,7 @@ def diff(old: PlanFile, new: PlanFile, as_json: AsJson = False) -> None:
     def run() -> None:
         found = plan_differences(Plan.load(old), Plan.load(new))
         if as_json:
-            _write({"equal": not found, "differences": [vars(one) for one in found]})
+            write_json({"equal": not found, "differences": [vars(one) for one in found]})
         else:
             for one in found:
                 console.print(one.describe(), markup=False, highlight=False, soft_wrap=True)
@@ -65,33 +64,14 @@ def validate(plan: PlanFile, as_json: AsJson = False) -> None:
         loaded = Plan.load(plan)
     except PlanError as error:
         if as_json:
-            _write({"valid": False, "error": type(error).__name__, "message": str(error)})
+            write_json({"valid": False, "error": type(error).__name__, "message": str(error)})
         else:
             tell_error(error)
         raise typer.Exit(1) from error
     if as_json:
-        _write({"valid": True, **summary(loaded)})
+        write_json({"valid": True, **summary(loaded)})
     else:
         sites = f"{len(loaded.rules)} of {len(loaded.sites)} sites sparse"
         console.print(
             f"{plan}: a plan for {loaded.model_class}, {sites}", markup=False, soft_wrap=True
         )
-
-
-def summary(plan: Any) -> dict[str, Any]:
-    """A plan's key figures, for programs."""
-    return {
-        "fingerprint": plan.fingerprint(),
-        "model_class": plan.model_class,
-        "density": plan.density,
-        "sites": len(plan.sites),
-        "sparse_sites": len(plan.rules),
-        "reusing_sites": 0 if plan.reuse is None else len(plan.reuse.sites),
-        "psnr_db": None if plan.quality is None else plan.quality.psnr.mean,
-        "held_out_error": plan.calibration.held_out_error,
-        "speedup": None if plan.speed is None else plan.speed.speedup,
-    }
-
-
-def _write(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, sort_keys=True) + "\n")

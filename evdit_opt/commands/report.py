@@ -1,13 +1,11 @@
 """``evdit report``: a plan as one HTML page."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from evdit_opt.commands.common import console, or_exit, require_writable
+from evdit_opt.commands.common import AsJson, console, or_exit, require_writable, write_json
 from evdit_opt.errors import UnsupportedInputError
 
 __all__ = ["report"]
@@ -20,9 +18,7 @@ def report(
         Path | None,
         typer.Option(help="A folder of mp4 files, VARIANT/NAME.mp4 or NAME.mp4, to play in sync."),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write one HTML page that shows what a plan does and why; it needs no network."""
     from evdit_opt.page import load_clips, plan_page
@@ -38,7 +34,7 @@ def report(
             raise UnsupportedInputError(f"expected to write {out}: {error}") from error
         if as_json:
             told = {"out": str(out), "bytes": len(page.encode()), "clips": len(shown)}
-            sys.stdout.write(json.dumps(told, indent=2, sort_keys=True) + "\n")
+            write_json(told)
         else:
             console.print(f"written to {out}", markup=False, highlight=False, soft_wrap=True)
 

@@ -47,7 +47,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, list[str], Config]]
     """What make_plan was asked for."""
     asked: list[tuple[Any, list[str], Config]] = []
 
-    def make_plan(model: Any, items: Any, config: Config) -> Plan:
+    def make_plan(model: Any, items: Any, config: Config, keep_in: Path) -> Plan:
         print("a library that talks")
         asked.append((model, list(items), config))
         return PLAN
@@ -149,12 +149,12 @@ def test_prompts_that_are_none(tmp_path: Path) -> None:
 
 
 def test_the_best_plan_below_the_floor_is_kept_beside(made, tmp_path, monkeypatch) -> None:
-    def miss(*_: object) -> Plan:
+    def miss(*_: object, **__: object) -> Plan:
         raise QualityFloorError("expected more", PLAN)
 
     monkeypatch.setattr(make, "make_plan", miss)
     result = calibrate("some/pipe", "--out", tmp_path / "p.json", "--prompt", "a")
-    assert result.exit_code == 1
+    assert result.exit_code == 3
     assert not (tmp_path / "p.json").exists()
     assert Plan.load(tmp_path / "rejected-p.json") == PLAN
     assert "rejected-p.json" in result.stderr
@@ -165,15 +165,17 @@ def test_an_interrupted_calibration_leaves_the_old_plan(made, tmp_path, monkeypa
     before = (tmp_path / "p.json").read_bytes()
     for place in ((make, "make_plan"), (os, "fsync")):  # while it runs, and while it is written
 
-        def interrupt(*_: object) -> None:
+        def interrupt(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(*place, interrupt)
-        assert calibrate("some/pipe", "--out", tmp_path / "p.json", "--prompt", "a").exit_code > 0
+        assert (
+            calibrate("some/pipe", "--out", tmp_path / "p.json", "--prompt", "a").exit_code == 130
+        )
         assert (tmp_path / "p.json").read_bytes() == before
         assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
         monkeypatch.undo()
-        monkeypatch.setattr(make, "make_plan", lambda *_: PLAN)
+        monkeypatch.setattr(make, "make_plan", lambda *_, **__: PLAN)
         monkeypatch.setattr(target, "load_pipeline", lambda _: Pipe())
 
 
@@ -183,7 +185,7 @@ def test_a_killed_calibration_leaves_the_old_plan(tmp_path: Path) -> None:
     code = f"""
 import os, signal
 from tests.commands.test_calibrate import PLAN, Pipe, app, make, target
-make.make_plan = lambda *_: PLAN
+make.make_plan = lambda *_, **__: PLAN
 target.load_pipeline = lambda _: Pipe()
 os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # all is written, nothing is in place
 app(["calibrate", "some/pipe", "--out", {str(tmp_path / "p.json")!r}, "--prompt", "a"])
@@ -192,3 +194,14 @@ app(["calibrate", "some/pipe", "--out", {str(tmp_path / "p.json")!r}, "--prompt"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (tmp_path / "p.json").read_bytes() == before
+
+
+def test_what_is_unfinished_is_not_lost_by_forgetting_resume(made, tmp_path) -> None:
+    (tmp_path / "p.json.unfinished").mkdir()
+    arguments = ("some/pipe", "--out", tmp_path / "p.json", "--prompt", "a")
+    result = calibrate(*arguments)
+    assert result.exit_code == 1
+    assert "go on with it by --resume" in result.stderr
+    assert made == []
+    assert calibrate(*arguments, "--resume").exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["p.json"]

@@ -1,0 +1,57 @@
+"""How good a plan is on given prompts: whole runs, paired with dense ones of the same seeds."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from evdit_opt.calibrate.trial import mean_error, run_with_plan
+from evdit_opt.config import Config
+from evdit_opt.errors import PlanMismatchError
+from evdit_opt.grid import VideoGrid
+from evdit_opt.models import Item, as_denoiser, config_hash, first_call
+from evdit_opt.passes.video_input import bind_arguments
+from evdit_opt.plan import Plan
+from evdit_opt.quality import compare
+
+__all__ = ["called_grid", "verify_plan"]
+
+
+def called_grid(target: object, items: Iterable[Item], config: Config, plan: Plan) -> VideoGrid:
+    """The latent grid of a model's first call, read as the plan reads it.
+
+    Raises:
+        PlanMismatchError: if the plan is of another model.
+        LayoutError: if the call does not tell.
+    """
+    denoiser = as_denoiser(target, items, config.pipe_kwargs)
+    sites = [site.name for site in plan.sites]
+    plan.require_match(type(denoiser.model).__name__, sites, config_hash(denoiser.model))
+    args, kwargs = first_call(denoiser)
+    return plan.grid_source.read(bind_arguments(denoiser.model, args, kwargs))
+
+
+def verify_plan(target: object, items: Iterable[Item], config: Config, plan: Plan) -> Plan:
+    """The plan with the quality that it has on these items; the model is left dense.
+
+    Args:
+        target: a diffusers video pipeline, or an ``nn.Module``.
+        items: prompts, or calls; best none that the plan was calibrated on.
+        config: ``calib_steps``, ``seed``, ``impl`` and ``pipe_kwargs`` count.
+        plan: of this model, at the grid of these calls.
+
+    Raises:
+        PlanMismatchError: if it is of another model, or at another grid.
+    """
+    items = tuple(items)
+    grid = called_grid(target, items, config, plan)
+    if grid != plan.grid:
+        raise PlanMismatchError(
+            f"expected calls at the plan's grid {plan.grid}, got {grid}; retarget the plan"
+        )
+    denoiser = as_denoiser(target, items, config.pipe_kwargs)
+    dense = [
+        denoiser.run(item, config.seed + n, config.calib_steps) for n, item in enumerate(items)
+    ]
+    sparse = run_with_plan(denoiser, plan, items, config)
+    found = replace(plan.calibration, held_out_error=mean_error(sparse, dense))
+    quality = compare(sparse, dense) if denoiser.makes_video else None
+    return replace(plan, calibration=found, quality=quality)
