@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.tinywan_training import World, bound, phases, save_half, seeds
+from benchmarks.tinywan_training import World, bound, parse_phase, save_half, seeds
 from evdit_opt.demo.tinywan import TINYWAN_CALL
 from evdit_opt.distill.consistency import consistency_loss, consistency_target, guided
 from evdit_opt.distill.loop import Losses, Numbers, TrainingConfig, train
@@ -25,8 +25,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--segments", type=int, default=6)
     parser.add_argument("--full-steps", type=int, default=50)
-    parser.add_argument("--phases", nargs="+", default=["500:3-5:8", "300:17-17:2"])
-    parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 3e-4])
+    parser.add_argument(
+        "--phases",
+        nargs="+",
+        default=["500:3-5:8:5e-4:250", "150:17-17:2:3e-4:150", "50:17-17:2:3e-4:1"],
+        help="steps:frames:batch:rate:decay_from, one after the other",
+    )
     parser.add_argument("--first-teacher-steps", type=int, default=4)
     parser.add_argument("--huber", type=float, default=None)
     parser.add_argument("--guidance", type=float, default=TINYWAN_CALL["guidance_scale"])
@@ -41,21 +45,21 @@ def main() -> None:
     )
     steps_each = -(-options.full_steps // options.segments)
     started = time.process_time()
-    for index, (steps, frames, batch) in enumerate(phases(options.phases)):
+    for index, phase in enumerate(map(parse_phase, options.phases)):
         first = options.first_teacher_steps if index == 0 else steps_each
         config = TrainingConfig(
-            steps=steps,
-            batch=batch,
-            learning_rate=options.rates[index],
-            warmup=30,
-            decay_from=steps // 2,
+            steps=phase.steps,
+            batch=phase.batch,
+            learning_rate=phase.rate,
+            warmup=30 if index < 2 else 1,
+            decay_from=phase.decay_from,
         )
 
-        def teacher_steps(step: int, first: int = first, steps: int = steps) -> int:
+        def teacher_steps(step: int, first: int = first, steps: int = phase.steps) -> int:
             return annealed_steps(step / steps, first, steps_each)
 
         losses = losses_of(
-            world, cut, frames, teacher_steps, options.guidance, options.huber, 1000 * index
+            world, cut, phase.frames, teacher_steps, options.guidance, options.huber, 1000 * index
         )
         for record in train(world.student, losses, config, options.folder / f"phase{index}"):
             if record["step"] % 10 == 0:

@@ -5,7 +5,7 @@ encodes them again.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,11 +114,19 @@ def load_half(model: nn.Module, path: Path) -> None:
     model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
 
 
-def phases(text: Sequence[str]) -> list[tuple[int, tuple[int, int], int]]:
-    """(steps, frames, batch) from texts such as "500:3-5:8"."""
-    parsed = []
-    for item in text:
-        steps, frames, batch = item.split(":")
-        low, high = (int(number) for number in frames.split("-"))
-        parsed.append((int(steps), (low, high), int(batch)))
-    return parsed
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training on clips of a certain length."""
+
+    steps: int
+    frames: tuple[int, int]
+    batch: int
+    rate: float
+    decay_from: int
+
+
+def parse_phase(text: str) -> Phase:
+    """A phase from text such as "500:3-5:8:5e-4:250", steps:frames:batch:rate:decay_from."""
+    steps, frames, batch, rate, decay_from = text.split(":")
+    low, high = (int(number) for number in frames.split("-"))
+    return Phase(int(steps), (low, high), int(batch), float(rate), int(decay_from))

@@ -17,6 +17,7 @@ from evdit_opt.commands.common import (
     or_exit,
     write_json,
 )
+from evdit_opt.commands.distill import distill
 from evdit_opt.commands.measure import measure
 from evdit_opt.commands.plan import plans
 from evdit_opt.commands.report import report
@@ -35,6 +36,7 @@ exports = typer.Typer(help="Write an optimized denoiser for other programs.", no
 app.add_typer(exports, name="export")
 app.add_typer(plans, name="plan")
 app.command()(calibrate)
+app.command()(distill)
 app.command()(measure)
 app.command()(report)
 

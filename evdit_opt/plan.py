@@ -21,6 +21,7 @@ from evdit_opt.passes.grid_source import GridSource
 from evdit_opt.plan_records import (
     MAX_TOKENS,
     CalibrationRecord,
+    FinetuneRecord,
     ReuseRecord,
     RuleEvidence,
     SiteLayout,
@@ -35,6 +36,7 @@ from evdit_opt.quality import QualityReport
 __all__ = [
     "PLAN_FILE",
     "CalibrationRecord",
+    "FinetuneRecord",
     "Plan",
     "ReuseRecord",
     "RuleEvidence",
@@ -65,6 +67,7 @@ class Plan:
         min_tokens: sequence length in tokens below which sites run dense.
         fullgraph: True if the model was captured as one graph.
         calibration: how the plan was found.
+        finetune: the weights and the schedule it is for; None: those the model came with.
         reuse: which sites carry what their mask drops from step to step; None: none does.
         quality: held-out clips compared with their dense twins; None if not verified.
         speed: measured speed; None if not measured.
@@ -93,6 +96,7 @@ class Plan:
     calibrated_at: VideoGrid | None = field(default=None, metadata={strict_json.OPTIONAL: True})
     versions: tuple[tuple[str, str], ...] = ()
     schema_version: int = SCHEMA_VERSION
+    finetune: FinetuneRecord | None = field(default=None, metadata={strict_json.OPTIONAL: True})
 
     def __post_init__(self) -> None:
         require_int("schema_version", self.schema_version, SCHEMA_VERSION, SCHEMA_VERSION)
@@ -285,6 +289,11 @@ class Plan:
             head.append(
                 f"{len(self.reuse.sites)} sites reuse what their mask drops, renewed at "
                 f"{len(self.reuse.refresh_at)} noise levels from {self.reuse.refresh_at[0]:.4g}"
+            )
+        if self.finetune is not None:
+            head.append(
+                f"for fine-tuned weights, {self.finetune.steps} steps; call the pipeline with "
+                "guidance_scale=1"
             )
         if self.quality is not None:
             head.append(f"held-out quality: {self.quality.describe()}")

@@ -14,6 +14,7 @@ from evdit_opt.strict_json import OPTIONAL
 __all__ = [
     "MAX_TOKENS",
     "CalibrationRecord",
+    "FinetuneRecord",
     "ReuseRecord",
     "RuleEvidence",
     "SiteLayout",
@@ -237,6 +238,54 @@ class SpeedRecord:
     def speedup(self) -> float:
         """``dense_ms / optimized_ms``."""
         return self.dense_ms / self.optimized_ms
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneRecord:
+    """The weights a plan is for, where fine-tuning made them, and the schedule they are for.
+
+    Attributes:
+        steps: segments of the consistency model, one call each.
+        full_steps: of the teacher's schedule.
+        time_shift: see ``FewStepScheduler``.
+        lora_rank: of the adapters; 0: all weights were trained.
+        lora_modules: ends of the paths of the layers with adapters.
+        weights_sha256: of ``weights.safetensors`` beside the plan.
+    """
+
+    steps: int
+    full_steps: int
+    time_shift: float
+    lora_rank: int
+    lora_modules: tuple[str, ...]
+    weights_sha256: str
+
+    def __post_init__(self) -> None:
+        require_int("steps", self.steps, 1, MAX_REFRESHES)
+        require_int("full_steps", self.full_steps, self.steps, MAX_REFRESHES)
+        require_number("time_shift", self.time_shift, 1e-6, 1e6)
+        require_int("lora_rank", self.lora_rank, 0, MAX_REFRESHES)
+        if len(self.lora_modules) > 100 or bool(self.lora_modules) != bool(self.lora_rank):
+            raise PlanError("expected lora_modules, at most 100, where lora_rank is above 0")
+        for name in self.lora_modules:
+            require_text("lora_modules", name, 256)
+        require_text("weights_sha256", self.weights_sha256, 64)
+
+    def scheduler(self, base: Any) -> Any:
+        """The few-step scheduler that these weights are for.
+
+        Args:
+            base: the pipeline's own scheduler, or one that this made already.
+        """
+        from evdit_opt.scheduler import FewStepScheduler
+
+        return FewStepScheduler(
+            getattr(base, "wrapped", base),
+            steps=self.steps,
+            segments=self.steps,
+            full_steps=self.full_steps,
+            time_shift=self.time_shift,
+        )
 
 
 def require_int(name: str, value: Any, low: int, high: int) -> None:

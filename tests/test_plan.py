@@ -11,7 +11,8 @@ from hypothesis import given
 from evdit_opt.errors import PlanError, PlanMismatchError
 from evdit_opt.grid import VideoGrid
 from evdit_opt.masks import Rule
-from evdit_opt.plan import PLAN_FILE, Plan, SiteLayout
+from evdit_opt.plan import PLAN_FILE, FinetuneRecord, Plan, SiteLayout
+from evdit_opt.strict_json import OPTIONAL
 from tests.plans import EVIDENCE, PLAN, TEXT, plans
 
 
@@ -36,7 +37,25 @@ def test_evidence_stands_on_one_line_each_and_keys_are_sorted() -> None:
     trials = len(PLAN.calibration.trials)
     assert sum('"output"' in line for line in TEXT.splitlines()) == len(EVIDENCE) + trials
     top = [line.split('"')[1] for line in TEXT.splitlines() if line.startswith('  "')]
-    assert top == sorted(field.name for field in dataclasses.fields(Plan))
+    usual = {
+        field.name
+        for field in dataclasses.fields(Plan)
+        if field.metadata.get(OPTIONAL) and getattr(PLAN, field.name) == field.default
+    }
+    assert top == sorted({field.name for field in dataclasses.fields(Plan)} - usual)
+
+
+def test_fine_tuned_weights_are_recorded_and_checked() -> None:
+    assert '"finetune"' not in TEXT  # as plans were before there was fine-tuning
+    made = {"steps": 6, "full_steps": 50, "time_shift": 1.0, "lora_rank": 8}
+    record = FinetuneRecord(**made, lora_modules=("to_q",), weights_sha256="0" * 64)
+    plan = dataclasses.replace(PLAN, finetune=record)
+    assert Plan.from_json(plan.to_json()) == plan
+    assert plan.fingerprint() == PLAN.fingerprint()  # of the sparsity; weights have their own hash
+    assert "fine-tuned weights, 6 steps" in plan.describe()
+    for wrong in ({"full_steps": 5}, {"lora_rank": 0}, {"time_shift": 0.0}):
+        with pytest.raises(PlanError, match=next(iter(wrong))):
+            dataclasses.replace(record, **wrong)
 
 
 def test_how_a_site_is_reached_is_written_only_where_it_is_not_the_usual_way() -> None:

@@ -39,6 +39,13 @@ class Numbers:
     """The same in all processes, so what it decides (a clip length) is shared by the batch."""
     samples: tuple[int, ...]
     """Counted through the whole training; no two steps or processes share one."""
+    total: int
+    """Samples a step, over all processes and accumulated forwards."""
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The samples' places within the step, 0 to below ``total``."""
+        return tuple(sample - self.step * self.total for sample in self.samples)
 
 
 Losses = Callable[[nn.Module, Numbers], Mapping[str, torch.Tensor]]
@@ -150,7 +157,11 @@ def train(
         totals: dict[str, float] = {}
         for micro in range(config.accumulate):
             begin = first + micro * config.batch
-            numbers = Numbers(step=state.step, samples=tuple(range(begin, begin + config.batch)))
+            numbers = Numbers(
+                step=state.step,
+                samples=tuple(range(begin, begin + config.batch)),
+                total=per_process * accelerator.num_processes,
+            )
             last = micro + 1 == config.accumulate
             with nullcontext() if last else accelerator.no_sync(wrapped):
                 with autocast:

@@ -1,0 +1,90 @@
+"""``evdit distill``: fine-tune for few steps and sparse attention, from a YAML file."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from evdit_opt.commands.common import console, only_result_on_stdout, or_exit
+
+if TYPE_CHECKING:
+    from evdit_opt.distill.pipeline import Finetuning
+
+__all__ = ["distill"]
+
+
+def distill(
+    config: Annotated[Path, typer.Argument(help="A YAML file; see docs/distillation.md.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Try shapes, estimate memory and time, train nothing.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option(help="Show every training step.")] = False,
+) -> None:
+    """Teach a pipeline to need few steps and little attention; started again, it goes on."""
+    if verbose:
+        logging.getLogger("evdit_opt.distill").setLevel(logging.INFO)
+        logging.basicConfig()
+
+    def run() -> None:
+        with only_result_on_stdout():
+            told = _rehearse(config) if dry_run else _train(config)
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
+
+    or_exit(run)
+
+
+def _load(path: Path) -> "Finetuning":
+    import torch
+
+    from evdit_opt.config import Config
+    from evdit_opt.distill.config import read_config
+    from evdit_opt.distill.pipeline import Finetuning
+    from evdit_opt.errors import DistillationError
+    from evdit_opt.inspection.target import find_target
+
+    job = read_config(path)
+    if job.dtype not in (None, "float32", "bfloat16"):
+        raise DistillationError(f"expected dtype float32 or bfloat16, got {job.dtype!r}")
+    dtype = None if job.dtype is None else getattr(torch, job.dtype)
+    found = find_target(job.pipeline, job.prompts, job.call, job.device, dtype)
+    try:
+        search = Config(**job.search, pipe_kwargs=found.pipe_kwargs)
+    except TypeError as error:
+        raise DistillationError(
+            f"expected search in {path} to hold settings of evdit_opt.Config: {error}"
+        ) from error
+    return Finetuning(found.target, job.prompts, job.finetune, job.steps, search)
+
+
+def _train(path: Path) -> str:
+    run = _load(path)
+    for index in range(len(run.config.stages)):
+        run.stage(index)
+    plan = run.finish()
+    told = [] if plan is None else [plan.describe()]
+    told.append(f"written to {run.config.folder / 'result'}; call it with guidance_scale=1")
+    return "\n".join(told)
+
+
+def _rehearse(path: Path) -> str:
+    from evdit_opt.distill.rehearsal import rehearse
+
+    run = _load(path)
+    told = [f"{len(run.prompts)} prompts, {run.steps} steps; nothing was trained or written"]
+    done = {item.stage: item for item in rehearse(run)}
+    for name in run.config.stages:
+        if name not in done:
+            told.append(f"{name}: not tried before the stages ahead of it are done")
+            continue
+        item = done[name]
+        peak = "" if item.peak_gib is None else f", {item.peak_gib:.2f} GiB at the peak"
+        told.append(
+            f"{name}: trains {item.trained} numbers on {item.samples} samples; "
+            f"{item.weights_gib:.2f} GiB of weights, {item.training_gib:.2f} GiB of gradients and "
+            f"averages{peak}; about {item.seconds / 60:.1f} minutes"
+        )
+    if "consistency" in run.config.stages and run.config.latents is None:
+        calls = run.config.clips * run.config.full_steps
+        told.append(f"before that the teacher makes {run.config.clips} latents: {calls} steps")
+    return "\n".join(told)

@@ -1,0 +1,86 @@
+"""What a denoiser is told besides sample and noise level: a prompt's part of its call.
+
+Taken from the pipeline's own first call, so text encoders, masks and rotary tables need no code
+here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from evdit_opt.distill.consistency import Model
+from evdit_opt.errors import DistillationError
+from evdit_opt.models import as_denoiser, first_call, output_tensor
+
+__all__ = ["Conditions"]
+
+OWN = ("hidden_states", "timestep", "return_dict")
+OF_A_PROMPT = ("encoder_", "pooled_")
+"""Arguments that begin so have a row for each clip; all others are shared by a batch."""
+
+
+class Conditions:
+    """The conditions of some prompts, computed once.
+
+    Args:
+        pipe: a diffusers pipeline whose denoiser takes ``hidden_states`` and ``timestep``.
+        prompts: doubles are computed once.
+        call: further arguments of the pipeline's calls; the guidance scale is set to 1 here.
+
+    Attributes:
+        shape: of one clip's latents, [channels, frames, height, width] or as the model has it.
+
+    Raises:
+        DistillationError: a denoiser that is called in another way, or prompts of several lengths.
+    """
+
+    @torch.no_grad()
+    def __init__(self, pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> None:
+        self.of: dict[str, dict[str, Any]] = {}
+        self.shape: tuple[int, ...] = ()
+        unguided = {**call, "guidance_scale": 1.0}
+        for prompt in dict.fromkeys(prompts):
+            args, kwargs = first_call(as_denoiser(pipe, [prompt], unguided))
+            if args or not {"hidden_states", "timestep"} <= kwargs.keys():
+                raise DistillationError(
+                    f"expected {type(pipe).__name__} to call its denoiser with hidden_states and "
+                    f"timestep by name, got {len(args)} positional arguments and {sorted(kwargs)}"
+                )
+            self.shape = tuple(kwargs["hidden_states"].shape[1:])
+            self.of[prompt] = {name: kwargs[name] for name in kwargs if name not in OWN}
+        widths = {
+            tuple(value.shape[1:])
+            for condition in self.of.values()
+            for name, value in condition.items()
+            if name == "encoder_hidden_states"
+        }
+        if len(widths) > 1:
+            raise DistillationError(
+                f"expected text of one length for all prompts, got {sorted(widths)}; pad it, for "
+                "example with max_sequence_length"
+            )
+
+    def bind(self, model: nn.Module, prompts: Sequence[str]) -> Model:
+        """The model with a batch of prompts, as a function of input and timesteps."""
+        rows = [self.of[prompt] for prompt in prompts]
+        kwargs = {
+            name: torch.cat([row[name] for row in rows])
+            if name.startswith(OF_A_PROMPT) and isinstance(value, torch.Tensor)
+            else value
+            for name, value in rows[0].items()
+        }
+
+        def call(sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            dtype = next(
+                (v.dtype for v in kwargs.values() if isinstance(v, torch.Tensor)), sample.dtype
+            )
+            output = model(
+                hidden_states=sample.to(dtype), timestep=timestep, return_dict=False, **kwargs
+            )
+            return output_tensor(output).to(sample.dtype)
+
+        return call

@@ -1,0 +1,261 @@
+"""The stages in a line: consistency distillation, search, knowledge distillation; in either order.
+
+Every stage has a folder. Its checkpoint lets it go on at the step where it was killed, its result
+(weights or plan, written whole or not at all) lets the next run skip it.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from evdit_opt import apply
+from evdit_opt.calibrate.make import make_plan
+from evdit_opt.config import Config
+from evdit_opt.distill.adapters import add_lora, load_weights, save_weights
+from evdit_opt.distill.conditions import Conditions
+from evdit_opt.distill.config import FinetuneConfig
+from evdit_opt.distill.data import LatentShards, teacher_latents
+from evdit_opt.distill.knowledge import SiteOutputs
+from evdit_opt.distill.loop import Losses, TrainingConfig, train
+from evdit_opt.distill.saved import save_finetuned
+from evdit_opt.distill.segments import segments_of
+from evdit_opt.distill.stages import Setting, consistency_stage, knowledge_stage
+from evdit_opt.errors import AlreadyOptimizedError, DistillationError
+from evdit_opt.models import denoiser_of
+from evdit_opt.plan import Plan
+from evdit_opt.scheduler import FewStepScheduler
+
+__all__ = ["Finetuning", "finetune"]
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS, PLAN = "weights.safetensors", "plan.evdit.json"
+
+
+def finetune(
+    pipe: Any,
+    prompts: Sequence[str],
+    config: FinetuneConfig,
+    *,
+    steps: int,
+    search: Config | None = None,
+) -> Plan | None:
+    """Fine-tune a pipeline in place, for few steps and sparse attention.
+
+    Its transformer's weights change, and its scheduler becomes a ``FewStepScheduler``; the plan is
+    not applied. Call the result with ``guidance_scale=1``: guidance is in the weights.
+
+    Args:
+        pipe: a diffusers video pipeline with one transformer.
+        prompts: captions to train on, and to calibrate with.
+        config: see `FinetuneConfig`.
+        steps: of the student.
+        search: of the search stage; its ``pipe_kwargs`` are those of all calls.
+
+    Returns:
+        The plan; None without a search stage. It is in ``config.folder / "result"`` with the
+        weights: see `evdit_opt.distill.saved`.
+
+    Raises:
+        EvditError: as the stages; what was done so far is kept in ``config.folder``.
+    """
+    run = Finetuning(pipe, prompts, config, steps, search or Config())
+    for index, stage in enumerate(config.stages):
+        logger.info("stage %d of %d: %s", index + 1, len(config.stages), stage)
+        run.stage(index)
+    return run.finish()
+
+
+class Finetuning:
+    """A fine-tuning in progress.
+
+    Attributes:
+        model: the student.
+        teacher: a frozen copy of it as it came.
+        plan: of the search stage, once it is done.
+        trained: how many numbers are trained.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: Sequence[str],
+        config: FinetuneConfig,
+        steps: int,
+        search: Config,
+    ) -> None:
+        self.pipe, self.prompts, self.config, self.steps = pipe, tuple(prompts), config, steps
+        self.search = search
+        self.model: nn.Module = denoiser_of(pipe)
+        if self.model is pipe:
+            raise DistillationError("expected a diffusers pipeline to fine-tune, got a module")
+        if apply.is_optimized(self.model):
+            raise AlreadyOptimizedError(
+                "expected a pipeline without a plan; call evdit_opt.restore(pipe) first"
+            )
+        if not self.prompts:
+            raise DistillationError("expected at least one prompt to train on, got none")
+        # Before anything is loaded or trained: an impossible schedule is the first thing to know.
+        self.few = FewStepScheduler(
+            pipe.scheduler,
+            steps=steps,
+            segments=steps,
+            full_steps=config.full_steps,
+            time_shift=config.time_shift,
+        )
+        self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.model.eval().requires_grad_(True)
+        if config.lora_rank is not None:
+            add_lora(self.model, config.lora_rank, config.lora_modules, config.seed)
+        self.trainable = [n for n, p in self.model.named_parameters() if p.requires_grad]
+        self.plan: Plan | None = None
+
+    @property
+    def trained(self) -> int:
+        """How many numbers are trained at present."""
+        return sum(value.numel() for value in self.model.parameters() if value.requires_grad)
+
+    def stage(self, index: int) -> None:
+        """Do one stage, or what is left of it."""
+        name = self.config.stages[index]
+        folder = self.config.folder / f"{index + 1}-{name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if name == "search":
+            if not (folder / PLAN).exists():
+                self._search(index).save(folder / PLAN)
+            self.plan = Plan.load(folder / PLAN)
+            return
+        if (folder / WEIGHTS).exists():
+            load_weights(self.model, folder / WEIGHTS)
+            return
+        with self.losses(index) as (losses, settings):
+            for record in train(self.model, losses, settings, folder):
+                logger.info("%s %s", name, record)
+        save_weights(self.model, folder / WEIGHTS)
+
+    @contextmanager
+    def losses(
+        self, index: int, latents: LatentShards | None = None
+    ) -> Iterator[tuple[Losses, TrainingConfig]]:
+        """The losses of a training stage, with the model as it is trained there.
+
+        Args:
+            index: of the stage.
+            latents: for consistency distillation, instead of the configured or the teacher's.
+        """
+        config = self.config
+        if config.stages[index] == "consistency":
+            latents = latents or self._latents()
+            if self.plan is not None:
+                apply.apply_plan(self.model, self.plan, inner="eager")
+            try:
+                setting = self._setting(self.steps, latents.captions)
+                yield consistency_stage(setting, self.teacher, latents), config.consistency
+            finally:
+                if self.plan is not None:
+                    apply.restore(self.model)
+            return
+        assert self.plan is not None, "checked by FinetuneConfig"
+        sites = tuple(self.plan.rules)
+        if not sites:
+            raise DistillationError(
+                "expected a plan with sparse sites to distil into, this one leaves all dense; "
+                "search with a lower density, or leave the knowledge stage out"
+            )
+        # Few calls are all a consistency student makes; before that, more points are what matters.
+        done = "consistency" in config.stages[:index]
+        edges = self.steps if done else min(config.full_steps, 4 * self.steps)
+        teacher = copy.deepcopy(self.model).requires_grad_(False)
+        self._train_only(sites if config.attention_only else None)
+        watched, wanted = SiteOutputs(self.model, sites), SiteOutputs(teacher, sites)
+        apply.apply_plan(self.model, self.plan, inner="eager")
+        try:
+            setting = self._setting(edges, ())
+            guidance = 1.0 if done else config.guidance
+            yield knowledge_stage(setting, teacher, watched, wanted, guidance), config.knowledge
+        finally:
+            apply.restore(self.model)
+            watched.remove()
+            self._train_only(None)
+
+    def finish(self) -> Plan | None:
+        """Save the result, and give the pipeline its scheduler."""
+        result = self.config.folder / "result"
+        self.plan = save_finetuned(self.model, self.few, self.config, self.plan, result)
+        self.model.requires_grad_(False)
+        self.pipe.scheduler = self.few
+        logger.info("call the pipeline with guidance_scale=1: guidance is in its weights now")
+        return self.plan
+
+    def _search(self, index: int) -> Plan:
+        """The plan, for the pipeline as it will be used."""
+        done = "consistency" in self.config.stages[:index]
+        call = {**self.search.pipe_kwargs, "guidance_scale": 1.0} if done else self._guided()
+        before = self.pipe.scheduler
+        self.pipe.scheduler = self.few if done else before
+        try:
+            settings = replace(self.search, calib_steps=self.steps, pipe_kwargs=call)
+            return make_plan(self.pipe, self.prompts, settings)
+        finally:
+            self.pipe.scheduler = before
+
+    def _latents(self) -> LatentShards:
+        config = self.config
+        if config.latents is not None:
+            return LatentShards(config.latents)
+        folder = config.folder / "latents"
+        self.pipe.transformer = self.teacher
+        try:
+            teacher_latents(
+                self.pipe,
+                self.prompts,
+                folder,
+                count=config.clips,
+                steps=config.full_steps,
+                seed=config.seed,
+                call=self._guided(),
+            )
+        finally:
+            self.pipe.transformer = self.model
+        return LatentShards(folder)
+
+    def _guided(self) -> dict[str, Any]:
+        call = {**self.search.pipe_kwargs, "guidance_scale": self.config.guidance}
+        if self.config.negative_prompt:
+            call["negative_prompt"] = self.config.negative_prompt
+        return call
+
+    def _setting(self, edges: int, captions: Sequence[str]) -> Setting:
+        config = self.config
+        prompts = [*self.prompts, *captions, config.negative_prompt]
+        return Setting(
+            config=config,
+            segments=segments_of(
+                self.pipe.scheduler,
+                segments=edges,
+                full_steps=config.full_steps,
+                time_shift=config.time_shift,
+            ),
+            conditions=Conditions(self.pipe, prompts, self.search.pipe_kwargs),
+            prompts=self.prompts,
+            device=next(self.model.parameters()).device,
+        )
+
+    def _train_only(self, sites: Sequence[str] | None) -> None:
+        """Train what there is to train, everywhere or within some modules."""
+        inside = None if sites is None else tuple(f"{site}." for site in sites)
+        names = set(self.trainable)
+        for name, value in self.model.named_parameters():
+            value.requires_grad_(name in names and (inside is None or name.startswith(inside)))
+        if not self.trained:
+            raise DistillationError(
+                "expected parameters to train within the plan's sites, they have none; set "
+                "attention_only=False"
+            )

@@ -1,0 +1,162 @@
+"""The stages in a line on TinyWan at a small size: either order, resumed, saved, restored."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from evdit_opt import Config, FewStepScheduler, Plan, optimize
+from evdit_opt.apply import is_optimized
+from evdit_opt.demo.tinywan import load_tinywan
+from evdit_opt.distill import pipeline
+from evdit_opt.distill.config import FinetuneConfig
+from evdit_opt.distill.loop import TrainingConfig, load_state
+from evdit_opt.distill.pipeline import Finetuning, finetune
+from evdit_opt.distill.rehearsal import rehearse
+from evdit_opt.distill.saved import restore_finetuned
+from evdit_opt.errors import DistillationError
+from evdit_opt.plan import PLAN_FILE
+
+CALL = {"num_frames": 9, "height": 32, "width": 32, "max_sequence_length": 16}
+PROMPTS = ("a red circle moving left", "a blue square moving up", "a green plus moves down")
+SEARCH = Config(
+    density=0.5, references=(0, 1), windows=(0,), weightings=("none",), spacings=("paper",),
+    min_tokens=0, verify_prompts=0, trial_prompts=1, reuse=False, inner="eager", progress=False,
+    pipe_kwargs=CALL,
+)  # fmt: skip
+SHORT = TrainingConfig(steps=3, batch=2, learning_rate=1e-3, warmup=1, save_every=1)
+
+
+def settings(folder: Path, **changes: object) -> FinetuneConfig:
+    usual = FinetuneConfig(
+        folder=folder, consistency=SHORT, knowledge=SHORT, guidance=2.0, full_steps=6, clips=2
+    )
+    return replace(usual, **changes)
+
+
+def clip(pipe) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    call = {**CALL, "guidance_scale": 1.0, "num_inference_steps": 50}
+    return pipe(PROMPTS[0], generator=generator, output_type="latent", **call).frames
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums in the same order, whoever else uses the machine
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("rank", [None, 2], ids=["all weights", "lora"])
+def test_optimize_trains_saves_and_restores_bit_for_bit(tmp_path: Path, rank: int | None) -> None:
+    pipe = load_tinywan()
+    before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+    config = settings(tmp_path, lora_rank=rank)
+    assert optimize(pipe, PROMPTS, SEARCH, steps=2, finetune=config) is pipe
+    assert isinstance(pipe.scheduler, FewStepScheduler)
+    assert is_optimized(pipe.transformer)
+    made = clip(pipe)
+    assert len(pipe.scheduler.timesteps) == 2
+
+    plan = Plan.load(tmp_path / "result" / PLAN_FILE)
+    assert plan.finetune is not None
+    assert (plan.finetune.steps, plan.finetune.lora_rank) == (2, rank or 0)
+    assert "guidance_scale=1" in plan.describe()
+    other = load_tinywan()
+    restored = restore_finetuned(other, tmp_path / "result", inner="eager")
+    assert restored == plan
+    assert torch.equal(clip(other), made)
+    changed = pipe.transformer.state_dict()
+    base = {name for name in before if name in changed}
+    assert all(torch.equal(changed[name], before[name]) for name in base) is (rank is not None)
+
+
+@pytest.mark.slow
+def test_the_other_order_trains_the_sparse_model_for_few_steps(tmp_path: Path) -> None:
+    pipe = load_tinywan()
+    order = ("search", "knowledge", "consistency")
+    plan = finetune(pipe, PROMPTS, settings(tmp_path, stages=order), steps=2, search=SEARCH)
+    assert plan is not None
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "1-search", "2-knowledge", "3-consistency", "latents", "result",
+    ]  # fmt: skip
+    assert not is_optimized(pipe.transformer)
+
+
+def test_a_killed_run_goes_on_at_its_stage_and_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = ("consistency",)
+    straight, killed = load_tinywan(), load_tinywan()
+    finetune(straight, PROMPTS, settings(tmp_path / "a", stages=stages), steps=2, search=SEARCH)
+
+    train = pipeline.train
+
+    def until_two(*given: object) -> Iterator[dict]:
+        for record in train(*given):
+            yield record
+            if record["step"] == 2:
+                raise KeyboardInterrupt
+
+    config = settings(tmp_path / "b", stages=stages)
+    monkeypatch.setattr(pipeline, "train", until_two)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(killed, PROMPTS, config, steps=2, search=SEARCH)
+    monkeypatch.undo()
+    assert load_state(tmp_path / "b" / "1-consistency")["step"] == 2
+    again = load_tinywan()
+    finetune(again, PROMPTS, config, steps=2, search=SEARCH)
+    for one, other in zip(
+        straight.transformer.parameters(), again.transformer.parameters(), strict=True
+    ):
+        assert torch.equal(one, other)
+
+    def never(*given: object) -> Iterator[dict]:
+        raise AssertionError("a stage that is done was trained again")
+
+    monkeypatch.setattr(pipeline, "train", never)
+    third = load_tinywan()
+    finetune(third, PROMPTS, config, steps=2, search=SEARCH)
+    assert torch.equal(clip(third), clip(again))
+
+
+def test_a_rehearsal_changes_nothing(tmp_path: Path) -> None:
+    pipe = load_tinywan()
+    before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+    run = Finetuning(pipe, PROMPTS, settings(tmp_path), 2, SEARCH)
+    [found] = rehearse(run)
+    assert (found.stage, found.samples) == ("consistency", 6)
+    assert found.trained == sum(value.numel() for value in pipe.transformer.parameters())
+    assert found.training_gib == pytest.approx(3 * 4 * found.trained / 2**30)
+    assert found.seconds > 0
+    for name, value in pipe.transformer.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
+    pipe = load_tinywan()
+    finetune(pipe, PROMPTS, settings(tmp_path, stages=("consistency",)), steps=2, search=SEARCH)
+    weights = tmp_path / "result" / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(DistillationError, match="copy the whole folder"):
+        restore_finetuned(load_tinywan(), tmp_path / "result")
+    with pytest.raises(DistillationError, match="'result' folder"):
+        restore_finetuned(load_tinywan(), tmp_path)
+
+
+def test_what_cannot_be_trained_is_said_first(tmp_path: Path) -> None:
+    pipe = load_tinywan()
+    with pytest.raises(DistillationError, match="prompt"):
+        Finetuning(pipe, (), settings(tmp_path), 2, SEARCH)
+    with pytest.raises(DistillationError, match="pipeline"):
+        Finetuning(pipe.transformer, PROMPTS, settings(tmp_path), 2, SEARCH)
+    with pytest.raises(DistillationError, match="set lora_modules"):
+        Finetuning(pipe, PROMPTS, settings(tmp_path, lora_rank=2, lora_modules=("no",)), 2, SEARCH)
+    with pytest.raises(DistillationError, match="steps and finetune together"):
+        optimize(pipe, PROMPTS, SEARCH, steps=2)
