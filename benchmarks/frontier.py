@@ -56,14 +56,18 @@ def paper_search(planner: Planner, density: float) -> Plan | None:
     return plan if plan.density <= density + 1e-9 else None
 
 
-def variants(stage: Stage, planner: Planner, prompts: list[str], density: float) -> dict[str, Plan]:
-    """All plans that are compared at a density."""
+def variants(
+    stage: Stage, planner: Planner, prompts: list[str], density: float, kept: Path
+) -> dict[str, Plan]:
+    """All plans that are compared at a density; what calibration chose is kept."""
     found: dict[str, Plan] = {}
     without = replace(planner, problem=replace(planner.problem, max_reusing=0))
     for name, own in (("ours", planner), ("ours without reuse", without)):
-        _, drafted = choose_kind(stage, own, density, prompts)
-        if drafted is not None:
-            found[name] = drafted.plan
+        path = kept / f"{name.replace(' ', '_')}_{density}.evdit.json"
+        if not path.exists():
+            _, drafted = choose_kind(stage, own, density, prompts)
+            (drafted.plan if drafted else planner.all_dense()).save(path)
+        found[name] = Plan.load(path)
     template = planner.all_dense()
     others = {
         "output caching, even refreshes": output_caching(
@@ -136,7 +140,10 @@ def main() -> None:
                 torch.save(denoiser.run(prompt, SEED + n, steps), clip)
             dense.append(torch.load(clip))
         for density in arguments.densities:
-            for variant, plan in variants(stage, planner, prompts[:2], density).items():
+            for variant, plan in variants(stage, planner, prompts[:2], density, kept).items():
+                count = arguments.clips if variant in REUSE else arguments.static_clips
+                if not count:
+                    continue
                 key = {"target": density, "variant": variant, "plan": plan.fingerprint()}
                 row = next((r for r in rows if r.items() >= key.items()), None)
                 if row is None:
@@ -144,7 +151,6 @@ def main() -> None:
                     row = {**key, "density": plan.density, **describe(plan)}
                     row |= {metric: [] for metric in (*METRICS, "caption")}
                     rows.append(row)
-                count = arguments.clips if variant in REUSE else arguments.static_clips
                 add_clips(row, stage, plan, held_out[:count], dense, steps)
                 low, high = row["ci95_psnr_db"]
                 print(
