@@ -158,6 +158,9 @@ def choose_kind(
     tried: list[tuple[Kind, Drafted, TrialRecord]] = []
 
     def run(kind: Kind, drafted: Drafted) -> float:
+        for _, other, known in tried:
+            if other.plan.fingerprint() == drafted.plan.fingerprint():
+                return known.score
         record = try_plan(stage, kind.name, drafted.plan, items, results, config)
         tried.append((kind, drafted, record))
         logger.info("%s: video off by %.4f, its change by %.4f",
