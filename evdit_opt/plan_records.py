@@ -163,18 +163,22 @@ class TrialRecord:
         density: mean density over sites.
         output: ``||sparse - dense|| / ||dense||`` of the video (pipeline) or output (module).
         temporal: the same for its change from frame to frame.
+        psnr: dB to the dense clips, mean; None for a module, or if not known.
     """
 
     name: str
     density: float
     output: float
     temporal: float
+    psnr: float | None = field(default=None, metadata={OPTIONAL: True})
 
     def __post_init__(self) -> None:
         require_text("name", self.name, 100)
         require_number("density", self.density, 0.0, 1.0)
         require_number("output", self.output, 0.0)
         require_number("temporal", self.temporal, 0.0)
+        if self.psnr is not None:
+            require_number("psnr", self.psnr, -1000.0, 1000.0)
 
     @property
     def score(self) -> float:
@@ -195,6 +199,7 @@ class CalibrationRecord:
         trials: plans of about equal density that were run end to end, the chosen one first.
         held_out_error: relative error of what held-out runs returned, video (pipeline) or output
             (module); None if none were held out.
+        explored: plans that were run on the way to that density.
     """
 
     prompts_hash: str
@@ -204,6 +209,7 @@ class CalibrationRecord:
     threshold: float
     trials: tuple[TrialRecord, ...] = ()
     held_out_error: float | None = None
+    explored: tuple[TrialRecord, ...] = field(default=(), metadata={OPTIONAL: True})
 
     def __post_init__(self) -> None:
         require_text("prompts_hash", self.prompts_hash, 128)

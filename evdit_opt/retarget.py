@@ -58,7 +58,7 @@ def retarget(plan: Plan, grid: VideoGrid) -> Retargeted:
         sites=tuple(_moved(site, origin, grid) for site in plan.sites),
         grid=grid,
         calibrated_at=None if grid == origin else origin,
-        calibration=replace(plan.calibration, trials=(), held_out_error=None),
+        calibration=replace(plan.calibration, trials=(), explored=(), held_out_error=None),
         quality=None,
         speed=None,
         predicted=None,

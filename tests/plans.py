@@ -104,7 +104,14 @@ dense_sites = st.builds(
     errors=evidences,
     way=st.sampled_from(["mark", "scope"]),
 )
-trials = st.builds(TrialRecord, name=words, density=fractions, output=fractions, temporal=fractions)
+trials = st.builds(
+    TrialRecord,
+    name=words,
+    density=fractions,
+    output=fractions,
+    temporal=fractions,
+    psnr=st.none() | st.floats(-9, 100),
+)
 measured = st.builds(Measured, mean=st.floats(-9, 99), stderr=st.none() | fractions)
 plans = st.builds(
     Plan,
@@ -126,6 +133,7 @@ plans = st.builds(
         threshold=st.floats(0, 9),
         trials=st.lists(trials, max_size=2).map(tuple),
         held_out_error=st.none() | fractions,
+        explored=st.lists(trials, max_size=2).map(tuple),
     ),
     quality=st.none()
     | st.builds(

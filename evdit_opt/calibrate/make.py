@@ -21,7 +21,7 @@ from evdit_opt.calibrate.refine import refined
 from evdit_opt.calibrate.reuse_search import Problem
 from evdit_opt.calibrate.stage import Stage, staged
 from evdit_opt.calibrate.survey import survey_attention
-from evdit_opt.calibrate.trial import mean_error, run_with_plan, try_plan
+from evdit_opt.calibrate.trial import compare_runs, mean_error, run_with_plan, try_plan
 from evdit_opt.config import Config
 from evdit_opt.errors import AlreadyOptimizedError, CalibrationError, QualityFloorError
 from evdit_opt.models import Item, as_denoiser
@@ -108,10 +108,12 @@ def make_plan(
     planner = Planner(drafter, recording, problem)
     with staged(denoiser, survey.layouts, survey.scoped, kept) as stage:
         rehearsed = searched_items[: config.trial_prompts]
-        budget = find_budget(stage, planner, clock, rehearsed)
+        budget, explored = find_budget(stage, planner, clock, rehearsed)
         kind, drafted = choose_kind(stage, planner, budget, rehearsed)
     if kind is None or drafted is None:
         return planner.all_dense()
+    found = replace(drafted.plan.calibration, explored=explored)
+    drafted = replace(drafted, plan=replace(drafted.plan, calibration=found))
     return _verify(drafter, kind, drafted, clock, searched, kept)
 
 
@@ -213,8 +215,11 @@ def _verify(
         denser = kind.at((1.0 + drafted.price) / 2) if back_offs < BACK_OFFS else None
         if denser is None:
             break
-        drafted = denser
-        plan = _predicted(drafted, clock)
+        was = plan.calibration
+        missing = compare_runs("missed the floor, held out", plan, sparse, dense)
+        drafted, plan = denser, _predicted(denser, clock)
+        found = replace(plan.calibration, explored=(*was.trials, *was.explored, missing))
+        plan = replace(plan, calibration=found)
     raise QualityFloorError(
         f"expected a plan within the quality floor, the best found misses it: {missed}; lower the "
         "floor, or keep the model dense (the plan is this error's .plan)",

@@ -16,8 +16,9 @@ from evdit_opt.calibrate.stage import Stage
 from evdit_opt.config import Config
 from evdit_opt.models import Denoiser, Item
 from evdit_opt.plan import Plan, TrialRecord
+from evdit_opt.quality import MAX_PSNR, psnr
 
-__all__ = ["mean_error", "run_with_plan", "try_plan"]
+__all__ = ["compare_runs", "mean_error", "run_with_plan", "try_plan"]
 
 
 def try_plan(
@@ -33,6 +34,13 @@ def try_plan(
     ``dense`` may hold more runs.
     """
     sparse = stage.rehearse(plan, items, config.seed, config.calib_steps, config.repeatable_impl)
+    return compare_runs(name, plan, sparse, dense)
+
+
+def compare_runs(
+    name: str, plan: Plan, sparse: Sequence[torch.Tensor], dense: Sequence[torch.Tensor]
+) -> TrialRecord:
+    """What a plan did to runs: videos, or outputs of a module; ``dense`` may hold more."""
     pairs = [
         (_frames_first(s, plan).diff(dim=0), _frames_first(d, plan).diff(dim=0))
         for s, d in zip(sparse, dense, strict=False)
@@ -42,6 +50,7 @@ def try_plan(
         density=plan.density,
         output=mean_error(sparse, dense),
         temporal=sum(_relative(s, d) for s, d in pairs) / len(pairs),
+        psnr=_mean_psnr(sparse, dense) if _are_videos(sparse) else None,
     )
 
 
@@ -72,6 +81,14 @@ def run_with_plan(
 def mean_error(sparse: Sequence[torch.Tensor], dense: Sequence[torch.Tensor]) -> float:
     """Mean over runs of ``||sparse - dense|| / ||dense||``; ``dense`` may hold more runs."""
     return sum(_relative(s, d) for s, d in zip(sparse, dense, strict=False)) / len(sparse)
+
+
+def _are_videos(results: Sequence[torch.Tensor]) -> bool:
+    return results[0].ndim == 4 and results[0].shape[-1] == 3
+
+
+def _mean_psnr(sparse: Sequence[torch.Tensor], dense: Sequence[torch.Tensor]) -> float:
+    return sum(min(psnr(s, d), MAX_PSNR) for s, d in zip(sparse, dense, strict=False)) / len(sparse)
 
 
 def _frames_first(result: torch.Tensor, plan: Plan) -> torch.Tensor:

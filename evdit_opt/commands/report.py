@@ -18,16 +18,25 @@ def report(
         Path | None,
         typer.Option(help="A folder of mp4 files, VARIANT/NAME.mp4 or NAME.mp4, to play in sync."),
     ] = None,
+    tiles: Annotated[
+        Path | None, typer.Option(help="measure.json, as evdit measure --out writes it.")
+    ] = None,
+    inspection: Annotated[
+        Path | None, typer.Option(help="What evdit inspect --json printed: gives the upper bound.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write one HTML page that shows what a plan does and why; it needs no network."""
-    from evdit_opt.page import load_clips, plan_page
+    from evdit_opt.page import load_clips, load_measurement, load_share, plan_page
     from evdit_opt.plan import Plan
 
     def run() -> None:
         require_writable(out)
         shown = () if clips is None else load_clips(clips)
-        page = plan_page(Plan.load(plan), shown)
+        loaded = Plan.load(plan)
+        measured = None if tiles is None else load_measurement(tiles, loaded)
+        share = None if inspection is None else load_share(inspection, loaded)
+        page = plan_page(loaded, shown, measured, share)
         try:
             out.write_text(page, encoding="utf-8")
         except OSError as error:

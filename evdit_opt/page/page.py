@@ -6,10 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from itertools import groupby
 
+from evdit_opt.calibrate.measure import Measurement
+from evdit_opt.inspection.attention_share import AttentionShare
 from evdit_opt.masks import Rule
+from evdit_opt.page.bound import upper_bound
 from evdit_opt.page.clips import Clip
 from evdit_opt.page.drawings import MAX_DRAWN_FRAMES, draw_mask, draw_steps, mask_symbols
+from evdit_opt.page.frontier import frontier
 from evdit_opt.page.html import Html, tag
+from evdit_opt.page.tiles import tile_statistics
 from evdit_opt.plan import Plan, RuleEvidence, SitePlan
 
 __all__ = ["plan_page"]
@@ -17,7 +22,12 @@ __all__ = ["plan_page"]
 SHOWN_LEVELS = 50
 
 
-def plan_page(plan: Plan, clips: Sequence[Clip] = ()) -> str:
+def plan_page(
+    plan: Plan,
+    clips: Sequence[Clip] = (),
+    measured: Measurement | None = None,
+    share: AttentionShare | None = None,
+) -> str:
     """The page.
 
     Every text of the plan is escaped, and a content policy forbids the page all network and every
@@ -26,6 +36,8 @@ def plan_page(plan: Plan, clips: Sequence[Clip] = ()) -> str:
     Args:
         plan: any plan.
         clips: to be played in sync; those of one name, which stand together, side by side.
+        measured: where the model's attention goes.
+        share: what attention costs in a forward.
     """
     style, script = _asset("style.css"), _asset("play.js") if clips else Html("")
     title = f"{plan.model_class}, plan {plan.fingerprint()[:12]}"
@@ -49,7 +61,9 @@ def plan_page(plan: Plan, clips: Sequence[Clip] = ()) -> str:
         *_clips(clips),
         *_steps(plan),
         *_sites(plan, masks),
-        *_trials(plan),
+        *frontier(plan),
+        *upper_bound(plan, share),
+        *tile_statistics(measured),
         *_origin(plan),
         *([tag("script", script)] if clips else ()),
     )
@@ -70,7 +84,8 @@ def _header(plan: Plan) -> Iterator[Html]:
     yield tag("h1", plan.model_class)
     yield tag(
         "p",
-        f"{len(plan.rules)} of {len(plan.sites)} attention layers sparse{reuse}; calibrated at "
+        f"{len(plan.rules)} of {len(plan.sites)} attention layers sparse{reuse}; "
+        f"{'calibrated' if plan.calibrated_at is None else 'extrapolated to, not calibrated'} at "
         f"{grid.frames} latent frames of {grid.height} x {grid.width} tokens",
         class_="quiet",
     )
@@ -207,31 +222,6 @@ def _evidence(errors: Sequence[RuleEvidence], chosen: str) -> Html:
     )
 
 
-def _trials(plan: Plan) -> Iterator[Html]:
-    trials = plan.calibration.trials
-    if not trials:
-        return
-    yield tag("h2", "Plans that were tried")
-    yield tag(
-        "p",
-        "Whole calibration runs against dense runs of the same seeds. The one whose video changes "
-        "over time most like the dense one, the first, was chosen.",
-        class_="quiet",
-    )
-    head = tag("tr", *(tag("th", t) for t in ("plan", "computed", "error", "frame to frame")))
-    rows = [
-        tag(
-            "tr",
-            tag("td", tag("strong", trial.name) if n == 0 else trial.name),
-            tag("td", f"{trial.density:.1%}"),
-            tag("td", f"{trial.output:.3f}"),
-            tag("td", f"{trial.temporal:.3f}"),
-        )
-        for n, trial in enumerate(trials)
-    ]
-    yield tag("div", tag("table", head, *rows), class_="wide")
-
-
 def _origin(plan: Plan) -> Iterator[Html]:
     made = plan.calibration
     facts = [
@@ -240,8 +230,19 @@ def _origin(plan: Plan) -> Iterator[Html]:
         ("threshold", f"{made.threshold:.4g}"),
         ("prompts", made.prompts_hash),
         ("model configuration", plan.model_config_hash),
-        *plan.versions,
     ]
+    if plan.calibrated_at is not None:
+        origin = plan.calibrated_at
+        size = f"{origin.frames} x {origin.height} x {origin.width} tokens"
+        facts.insert(1, ("extrapolated", f"masks and densities are of another grid than {size}"))
     yield tag("h2", "Where it comes from")
-    rows = [tag("tr", tag("th", name), tag("td", value)) for name, value in facts]
-    yield tag("table", *rows)
+    yield _facts(facts)
+    speeds = (("measured on", plan.speed), ("predicted on", plan.predicted))
+    devices = [(what, speed.device) for what, speed in speeds if speed is not None]
+    if plan.versions or devices:
+        yield tag("h2", "Environment")
+        yield _facts([*devices, *plan.versions])
+
+
+def _facts(facts: Sequence[tuple[str, str]]) -> Html:
+    return tag("table", *(tag("tr", tag("th", name), tag("td", value)) for name, value in facts))

@@ -1,5 +1,6 @@
 """What a plan may cost: each setting of the config leads to its budget."""
 
+import math
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -36,15 +37,26 @@ class Pretended:
         return 0.77
 
     def likeliest(self, budget: float) -> Any:
-        return SimpleNamespace(plan=budget) if budget > 0.06 else None
+        return SimpleNamespace(plan=SimpleNamespace(density=budget)) if budget > 0.06 else None
 
-    def rehearse(self, plan: float, items: list[str], *_: Any) -> list[torch.Tensor]:
-        return [CLIP + self.error / plan for _ in items]
+    def rehearse(self, plan: Any, items: list[str], *_: Any) -> list[torch.Tensor]:
+        return [CLIP + self.error / plan.density for _ in items]
 
 
 def budget(pretended: Pretended, clock: Clock | None = None) -> float:
     whoever: Any = pretended
-    return find_budget(whoever, whoever, clock, ["a prompt"])
+    return find_budget(whoever, whoever, clock, ["a prompt"])[0]
+
+
+def test_what_was_run_on_the_way_is_told() -> None:
+    whoever: Any = Pretended(Config(min_psnr=30.0))
+    _, explored = find_budget(whoever, whoever, None, ["a prompt"])
+    assert len(explored) == 5
+    for record in explored:
+        assert record.psnr == pytest.approx(-20 * math.log10(0.01 / record.density), abs=1e-3)
+        assert record.output == pytest.approx(0.01 / record.density / 0.5, rel=1e-4)
+    whoever = Pretended(Config(density=0.3))
+    assert find_budget(whoever, whoever, None, ["a prompt"])[1] == ()
 
 
 def test_a_density_is_the_budget() -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evdit_opt.page import load_clips, plan_page
+from evdit_opt.page import load_clips, load_measurement, plan_page
 from evdit_opt.plan import Plan
+from tests.page.test_sections import SHARE, TILES
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DEMO = Path(__file__).parents[2] / "docs/demo/plan.evdit.json"
@@ -24,9 +25,17 @@ PROBE = """<script>addEventListener("load", async () => {
   const playing = times(), label = button.textContent;
   place.value = "0.5"; place.dispatchEvent(new Event("input")); await later(300);
   button.click(); await later(100);
+  const seen = (selector) => [...document.querySelectorAll(selector)].filter(
+    (one) => one.getBoundingClientRect().height > 0).length;
+  const shown = {
+    figures: seen(".figures div"), masks: seen("svg.mask"), steps: seen("svg.steps rect"),
+    dots: seen("svg.chart circle"),
+    headings: [...document.querySelectorAll("h2")].map((h) => h.textContent),
+  };
   const wide = document.documentElement.scrollWidth - innerWidth;
   document.body.textContent = "PROBE " + JSON.stringify(
-    {playing, label, after: button.textContent, paused: clips.every((clip) => clip.paused), wide});
+    {playing, label, after: button.textContent, paused: clips.every((clip) => clip.paused), wide,
+     shown});
 });</script></body>"""
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the path")
@@ -39,7 +48,8 @@ def page(tmp_path: Path) -> str:
     for variant in ("dense", "evdit"):
         (tmp_path / variant).mkdir()
         iio.imwrite(tmp_path / variant / "a cat.mp4", video, fps=12, codec="libx264")
-    return plan_page(Plan.load(DEMO), load_clips(tmp_path))
+    plan = Plan.load(DEMO)
+    return plan_page(plan, load_clips(tmp_path), load_measurement(TILES, plan), SHARE)
 
 
 def browse(page: str, folder: Path) -> tuple[str, list[str]]:
@@ -81,3 +91,13 @@ def test_clips_play_together(page: str, tmp_path: Path) -> None:
     assert min(found["playing"]) > 0.5
     assert max(found["playing"]) - min(found["playing"]) <= APART
     assert found["wide"] <= 0, "the page is wider than its window"
+    plan, shown = Plan.load(DEMO), found["shown"]
+    assert shown["masks"] == 2 * len(plan.sites)  # of the plan, and of where attention goes
+    assert shown["dots"] == len(plan.calibration.trials) > 0
+    assert plan.reuse is not None
+    assert shown["steps"] == len(plan.reuse.levels)
+    assert shown["figures"] >= 6
+    assert shown["headings"] == [
+        "Clips", "Steps", "Layers", "Plans that were tried", "Upper bound", "Where attention goes",
+        "Where it comes from", "Environment",
+    ]  # fmt: skip
