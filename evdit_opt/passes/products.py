@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from evdit_opt.passes.graph import operation, same_size, value_of
+from evdit_opt.passes.lowered_einsum import read_lowered_einsum
 from evdit_opt.passes.stand_in import Draft
 
 __all__ = ["Product", "arrange", "read_product"]
@@ -25,6 +26,7 @@ class Product:
         letters: letters of left, right and the result.
         scale: a number the product is multiplied by.
         bias: what is added to it; None: nothing.
+        nodes: what it consists of beside the node that was read.
     """
 
     left: fx.Node
@@ -32,6 +34,7 @@ class Product:
     letters: tuple[str, str, str]
     scale: float = 1.0
     bias: fx.Node | None = None
+    nodes: tuple[fx.Node, ...] = ()
 
 
 def read_product(node: fx.Node) -> Product | None:
@@ -53,6 +56,9 @@ def read_product(node: fx.Node) -> Product | None:
         if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
             operands = operands[0]
         return _einsum(node.args[0], operands)
+    lowered = read_lowered_einsum(node)
+    if lowered is not None:
+        return Product(lowered.left, lowered.right, lowered.letters, nodes=lowered.nodes)
     return None
 
 

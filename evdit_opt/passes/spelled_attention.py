@@ -9,6 +9,7 @@ from torch import fx
 
 from evdit_opt.passes.attention_letters import NotSDPA, Operands, match_letters
 from evdit_opt.passes.graph import operation, same_size, value_of, written_inputs
+from evdit_opt.passes.lowered_einsum import nodes_to_lowered_einsum
 from evdit_opt.passes.mask_structure import mutated_storages, storage_of
 from evdit_opt.passes.products import Product, read_product
 from evdit_opt.passes.safe_softmax import zeroed_rows
@@ -151,6 +152,7 @@ class _Walk:
             if product.bias is not None:
                 self.masks.append(Mask(product.bias, "add", scale, value_of(node).ndim))
             self.product, self.scale = product, scale * product.scale
+            self.nodes += product.nodes
         elif not self._through(node, scale):
             return False
         self.nodes.append(node)
@@ -236,6 +238,11 @@ def _forward(
         if len(users) != 1:
             raise NotSDPA("its attention weights are used elsewhere")
         (user,) = users
+        einsum = nodes_to_lowered_einsum(node, live)
+        if einsum:
+            product = read_product(einsum[-1])
+            assert product is not None
+            return product, node, [*seen, *einsum]
         product = read_product(user)
         if product is not None and (product.left is node) != (product.right is node):
             if product.bias is not None or product.scale != 1.0:
@@ -276,7 +283,8 @@ def _dead_ends(nodes: Iterable[fx.Node], live: Set[fx.Node]) -> list[fx.Node]:
 def _require_unwritten(x: fx.Node, nodes: list[fx.Node]) -> None:
     """What is read now must still be at the end what it was when it was read."""
     graph = list(x.graph.nodes)
-    read = min(graph.index(node) for node in nodes if x in node.all_input_nodes)
+    readers = [graph.index(node) for node in nodes if x in node.all_input_nodes]
+    read = min(readers, default=graph.index(x) + 1)  # a lowered einsum reads a view of it
     until_end = graph[read : graph.index(nodes[-1])]
     if storage_of(x) in mutated_storages(node for node in until_end if node not in nodes):
         raise NotSDPA("an in-place operation changes q, k, v or a mask while it is computed")
