@@ -51,7 +51,8 @@ def gains(report: dict[str, Any]) -> str:
         if rows:
             best = max(rows.values(), key=lambda row: row["mean_psnr_db"])
             told.append(f"{paired(ours, best)} to the best other static mask ({best['variant']})")
-        lines.append(f"- density {target}: {', '.join(told)}")
+        if told:
+            lines.append(f"- density {target}: {', '.join(told)}")
     return "\n".join(lines) + "\n"
 
 
@@ -119,15 +120,18 @@ def _series(rows: list[dict[str, Any]], number: int, name: str, place: Any) -> I
     )
 
 
-def section(path: Path) -> str:
-    """Everything about one run; draws its figure beside the page."""
-    report = json.loads(path.read_text("utf-8"))
-    drawn = PAGE.with_name(f"{path.stem}.svg")
-    drawn.write_text(figure(report), encoding="utf-8")
+def runs() -> dict[str, dict[str, Any]]:
+    """The content of every ``frontier_*.json`` by its name, the largest first."""
+    files = sorted(RESULTS.glob("frontier_*.json"), key=lambda path: (-path.stat().st_size, path))
+    return {path.stem: json.loads(path.read_text("utf-8")) for path in files}
+
+
+def section(name: str, report: dict[str, Any]) -> str:
+    """Everything about one run."""
     return "\n".join(
         [
             f"### {report['steps']} steps, guidance {report['guidance']:g}\n",
-            f"![PSNR over density]({drawn.name})\n",
+            f"![PSNR over density]({name}.svg)\n",
             "Ours, clip by clip (standard error):\n",
             gains(report),
             table(report),
@@ -137,15 +141,16 @@ def section(path: Path) -> str:
     )
 
 
-def quote(page: str, text: str) -> str:
+def written(page: str) -> str:
     """The page with its block made anew."""
+    text = "\n".join(section(name, report) for name, report in runs().items())
     return BLOCK.sub(lambda found: found[1] + text + found[2], page)
 
 
 def main() -> None:
-    found = sorted(RESULTS.glob("frontier_*.json"), key=lambda path: -path.stat().st_size)
-    text = "\n".join(section(path) for path in found)
-    PAGE.write_text(quote(PAGE.read_text(encoding="utf-8"), text), encoding="utf-8")
+    for name, report in runs().items():
+        PAGE.with_name(f"{name}.svg").write_text(figure(report), encoding="utf-8")
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
