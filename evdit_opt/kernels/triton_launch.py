@@ -38,12 +38,16 @@ INTERPRETER_CONFIG = LaunchConfig(block_m=64, block_n=64, num_warps=4, num_stage
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """head_dim as a power of two plus a smaller one (or 0), each at least 16: the least padding."""
+    """head_dim as a power of two plus a smaller one (or 0), each at least 16: the least padding.
+
+    Beside 128 columns the second part is 64: with 16 or 32 of them the gradient kernels spill
+    hundreds of bytes, with 64 none (head_dim 160, all chips).
+    """
     first = max(16, 1 << (head_dim.bit_length() - 1))
     rest = head_dim - first
     if rest <= 0:
         return first, 0
-    second = max(16, triton.next_power_of_2(rest))
+    second = max(16 if first < 128 else 64, triton.next_power_of_2(rest))
     return (first, second) if second < first else (2 * first, 0)
 
 

@@ -34,7 +34,7 @@ def compile_all(builds: list[Build]) -> list[Build]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def problems(build: Build) -> list[str]:
+def problems(build: Build, needs_wgmma: bool = True) -> list[str]:
     """What a committed configuration must not do."""
     capability = build["capability"]
     limit = SHARED_KIB[family(divmod(capability, 10))] * 1024
@@ -43,7 +43,7 @@ def problems(build: Build) -> list[str]:
         found.append(f"takes {build['shared_bytes']} bytes of shared memory of {limit}")
     if build["spilled_bytes"] > (0 if capability == 90 else 64):
         found.append(f"spills {build['spilled_bytes']} bytes")
-    if capability == 90 and (build["wgmma"] == 0 or build["serialized"]):
+    if capability == 90 and needs_wgmma and (build["wgmma"] == 0 or build["serialized"]):
         found.append("does not use wgmma, or one after the other")
     if build.get("use_tma") and build["tma"] == 0:
         found.append("does not use the tensor memory accelerator")
@@ -120,15 +120,18 @@ def test_serialized_wgmma_would_be_seen() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_default_fits(capability: int, dtype: str) -> None:
-    """Every head_dim, with a padding mask and weights, the backward of 256 too."""
+    """Every head_dim, with a padding mask and weights, the backward of 256 too.
+
+    Small blocks of wide heads, and float32, do not use wgmma.
+    """
     results = compile_all(
         [
             {"kernel": kernel, "capability": capability, "head_dim": head_dim, "dtype": dtype,
              "masked": more, "grouped": more}
             for kernel in KERNELS
-            for head_dim in (16, 64, 72, 96, 128, 160, 192, 256)
+            for head_dim in (16, 64, 72, 96, 128, 144, 160, 192, 256)
             for more in (False, True)
         ]
     )  # fmt: skip
-    limit = SHARED_KIB[family(divmod(capability, 10))] * 1024
-    assert [r for r in results if r["shared_bytes"] > limit or r["spilled_bytes"] > 64] == []
+    wrong = [(found, r) for r in results if (found := problems(r, needs_wgmma=False))]
+    assert wrong == []
