@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from evdit_opt.calibrate.clock import Clock
 from evdit_opt.calibrate.kinds import Planner
 from evdit_opt.calibrate.stage import Stage
-from evdit_opt.calibrate.trial import compare_runs
+from evdit_opt.calibrate.trial import compare_runs, rehearse_and_keep
 from evdit_opt.models import Item
 from evdit_opt.plan import TrialRecord
 from evdit_opt.quality import compare
@@ -53,8 +53,7 @@ def _least_within_floors(
         drafted = planner.likeliest(budget)
         missed: tuple[str, ...] = ("no plan is this cheap",)
         if drafted is not None:
-            run = (items, config.seed, config.calib_steps, config.repeatable_impl)
-            clips = stage.rehearse(drafted.plan, *run)
+            clips = rehearse_and_keep(stage, drafted.plan, items, config)
             dense = planner.recording.results[: len(clips)]
             missed = config.missed_floors(compare(clips, dense))
             explored.append(compare_runs("searched by quality", drafted.plan, clips, dense))

@@ -44,7 +44,9 @@ class Kept:
         UnsupportedInputError: if safetensors is not installed.
     """
 
-    def __init__(self, folder: Path | None = None, purpose: Mapping[str, str] | None = None):
+    def __init__(
+        self, folder: Path | None = None, purpose: Mapping[str, str] | None = None
+    ) -> None:
         self._folder, self._purpose = folder, dict(purpose or {})
         if folder is None:
             return

@@ -201,7 +201,7 @@ def _verify(
         return plan
     dense = [
         kept.run(f"dense-{n}", partial(denoiser.run, item, config.seed + n, config.calib_steps))
-        for n, item in enumerate(held_out, searched)
+        for n, item in enumerate(track(held_out, "dense, held out", config.progress), searched)
     ]
     for back_offs in range(BACK_OFFS + 1):
         sparse = run_with_plan(denoiser, plan, held_out, config, searched, kept)

@@ -8,7 +8,6 @@ to rounding.
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ class Stage:
         layouts: token layout per site.
         attend: what every attention of a site calls; see ``observe_attention.Callback``.
         begin: gets the arguments of every call of the model, by name, before it runs.
-        kept: where finished runs under a plan are.
+        kept: for those who rehearse: where finished runs are.
     """
 
     denoiser: Denoiser
@@ -75,14 +74,8 @@ class Stage:
             What each run returned; see ``Denoiser.run``.
         """
         rehearsal = Rehearsal(plan, self.layouts, impl)
-        name = f"rehearsed-{plan.fingerprint()[:32]}-{impl}"
         with self.playing(rehearsal.attend, rehearsal.begin):
-            return [
-                self.kept.run(
-                    f"{name}-{seed + n}", partial(self.denoiser.run, item, seed + n, steps)
-                )
-                for n, item in enumerate(items)
-            ]
+            return [self.denoiser.run(item, seed + n, steps) for n, item in enumerate(items)]
 
 
 @contextmanager

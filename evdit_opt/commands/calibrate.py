@@ -205,4 +205,8 @@ def _kept(error: QualityFloorError, out: Path) -> QualityFloorError:
     rejected = out.with_name(f"rejected-{out.name}")
     plan: Any = error.plan
     plan.save(rejected)
-    return QualityFloorError(f"{error}; the best plan is kept as {rejected}", plan)
+    return QualityFloorError(
+        f"{error}; the best plan is kept as {rejected}, and so are all runs: --resume with another "
+        "floor repeats none",
+        plan,
+    )

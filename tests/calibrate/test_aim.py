@@ -1,7 +1,7 @@
 """What a plan may cost: each setting of the config leads to its budget."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,11 +10,22 @@ import torch
 
 from evdit_opt.calibrate.aim import find_budget
 from evdit_opt.calibrate.clock import Clock
+from evdit_opt.calibrate.kept import Kept
 from evdit_opt.calibrate.prices import Prices
 from evdit_opt.config import QUALITIES, Config
 from evdit_opt.errors import CalibrationError
 
 CLIP = torch.full((3, 16, 16, 3), 0.5)
+
+
+@dataclass
+class Planned:
+    """A plan of which only this is asked."""
+
+    density: float
+
+    def fingerprint(self) -> str:
+        return str(self.density)
 
 
 @dataclass
@@ -24,6 +35,7 @@ class Pretended:
     config: Config
     error: float = 0.01
     makes_video: bool = True
+    kept: Kept = field(default_factory=Kept)
 
     @property
     def recording(self) -> Any:
@@ -37,7 +49,7 @@ class Pretended:
         return 0.77
 
     def likeliest(self, budget: float) -> Any:
-        return SimpleNamespace(plan=SimpleNamespace(density=budget)) if budget > 0.06 else None
+        return SimpleNamespace(plan=Planned(budget)) if budget > 0.06 else None
 
     def rehearse(self, plan: Any, items: list[str], *_: Any) -> list[torch.Tensor]:
         return [CLIP + self.error / plan.density for _ in items]
