@@ -2,8 +2,8 @@
 
     python -m benchmarks.tinywan_composed --weights runs/tinywan/knowledge/student.safetensors
 
-Both are compiled by Inductor. One thread and its CPU time, so that other work on the machine shows
-little; the runs are interleaved.
+Both are compiled by Inductor, or neither (--eager). One thread and its CPU time, so that other work
+on the machine shows little; the runs are interleaved.
 """
 
 import argparse
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--segments", type=int, default=6)
     parser.add_argument("--full-steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--eager", action="store_true", help="compile neither of them")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -55,8 +56,9 @@ def main() -> None:
     steps = options.segments
     student.scheduler = FewStepScheduler(student.scheduler, steps=steps, segments=steps)
     plan = uniform(rule_of(options.rule))
-    teacher.transformer.compile()
-    apply_plan(student.transformer, plan)
+    if not options.eager:
+        teacher.transformer.compile()
+    apply_plan(student.transformer, plan, inner="eager" if options.eager else "inductor")
     guidance = TINYWAN_CALL["guidance_scale"]
     seconds(teacher, 2, guidance)  # compiles
     seconds(student, steps, 1.0)
@@ -68,6 +70,7 @@ def main() -> None:
     result = {
         "what": "TinyWan's denoising loop: dense with guidance, against a sparse few-step student",
         "unit": "CPU seconds of one thread on a shared machine, median of interleaved runs",
+        "compiled": not options.eager,
         "full_steps": options.full_steps,
         "calls": [2 * options.full_steps, steps],
         "density": round(plan.density, 4),

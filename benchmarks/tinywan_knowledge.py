@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, help="weights of the dense few-step student")
     parser.add_argument("--rule", default="2,1,balanced")
     parser.add_argument("--segments", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=270)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rate", type=float, default=3e-4)
     parser.add_argument("--output-weight", type=float, default=1.0)

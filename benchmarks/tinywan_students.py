@@ -23,7 +23,7 @@ from benchmarks.tinywan_training import TRAINED_ON, load_half
 from evdit_opt import FewStepScheduler
 from evdit_opt.apply import apply_plan, restore
 from evdit_opt.demo.clips import HELD_OUT, TRAINED, evaluation_pairs
-from evdit_opt.demo.detect import caption_accuracy, detect
+from evdit_opt.demo.detect import caption_accuracy
 from evdit_opt.demo.evaluate import generate
 from evdit_opt.demo.tinywan import TINYWAN_CALL, load_tinywan
 from evdit_opt.masks import Rule
@@ -54,43 +54,31 @@ class Variant:
 
 
 def variants(options: argparse.Namespace) -> list[Variant]:
-    """What is compared."""
+    """What is compared, in the order of its interest: an evaluation may be cut short."""
     steps = options.segments
-    found = [
-        Variant("its own scheduler asked for fewer steps", steps, True, placement=None),
-        Variant("FewStepScheduler, even", steps, True),
-        Variant("FewStepScheduler, measured", steps, True, placement="measured"),
-        Variant("FewStepScheduler, even, no guidance", steps, False),
-    ]
-    student = options.consistency
-    if student is None:
-        return found
-    trained = Variant("consistency student", steps, False, student, steps)
-    found.append(trained)
-    plan = uniform(rule_of(options.rule))
+    trained = Variant("consistency student", steps, False, options.consistency, steps)
+    plan, alike = uniform(rule_of(options.rule)), uniform(rule_of(options.alike))
     sparse = replace(trained, plan=plan, density=plan.density)
-    found.append(replace(sparse, name=f"+ {options.rule}, not trained"))
-    alike = uniform(rule_of(options.alike))
-    found.append(
-        replace(
-            trained,
-            name=f"+ {options.alike}, not trained",
-            plan=alike,
-            density=alike.density,
-        )
-    )
-    levels = FewStepScheduler(load_tinywan().scheduler, steps=steps, segments=steps)
-    levels.set_timesteps(steps)
-    times = levels.timesteps.tolist()
+    few = FewStepScheduler(load_tinywan().scheduler, steps=steps, segments=steps)
+    few.set_timesteps(steps)
+    times = few.timesteps.tolist()
     reusing = with_reuse(plan, refresh_every(times, 2), rule=Rule(0), levels=times)
     reused = replace(trained, plan=reusing, density=reusing.density)
-    found.append(replace(reused, name="+ own frame, refresh every second step"))
-    if options.knowledge is not None:
-        name = f"+ {options.rule}, distilled"
-        found.append(replace(sparse, name=name, weights=options.knowledge))
-        name = "+ own frame, refresh every second step, on the distilled weights"
-        found.append(replace(reused, name=name, weights=options.knowledge))
-    return found
+    distilled = {"weights": options.knowledge}
+    rule = "own frame, refresh every second step"
+    found = [
+        trained,
+        replace(sparse, name=f"+ {options.rule}, not trained"),
+        replace(sparse, name=f"+ {options.rule}, distilled", **distilled),
+        replace(reused, name=f"+ {rule}"),
+        Variant("its own scheduler asked for fewer steps", steps, True, placement=None),
+        Variant("FewStepScheduler, even", steps, True),
+        replace(reused, name=f"+ {rule}, on the distilled weights", **distilled),
+        replace(trained, name=f"+ {options.alike}, not trained", plan=alike, density=alike.density),
+        Variant("FewStepScheduler, even, no guidance", steps, False),
+        Variant("FewStepScheduler, measured", steps, True, placement="measured"),
+    ]
+    return [variant for variant in found if options.only in variant.name]
 
 
 def main() -> None:
@@ -103,7 +91,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--only", default="", help="variants whose name contains this")
     parser.add_argument("--samples", type=int, nargs=2, default=(0, 0), help="trained on: C, K")
-    parser.add_argument("--teacher", type=Path, required=False)
+    parser.add_argument("--teacher", type=Path, help="folder of its clips")
     parser.add_argument("--work", type=Path, default=Path("runs/tinywan/students"))
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--quote", action="store_true", help="put the result into the page")
@@ -111,17 +99,14 @@ def main() -> None:
     if options.quote:
         PAGE.write_text(quote(PAGE.read_text(), json.loads(options.output.read_text())))
         return
+    if None in (options.consistency, options.knowledge, options.teacher):
+        parser.error("expected --consistency, --knowledge and --teacher, or --quote")
     pairs = evaluation_pairs(options.clips)
     reference = teacher_clips(options.teacher, options.clips)
     prompts = [label.caption() for _, label in pairs]
-    rows = [measure("teacher", 100, 1.0, reference, reference, prompts) | {"steps": 50}]
-    for variant in variants(options):
-        if options.only in variant.name:
-            clips = made(variant, pairs, options.work)
-            calls = variant.steps * (2 if variant.guided else 1)
-            row = measure(variant.name, calls, variant.density, clips, reference, prompts)
-            rows.append(row | {"steps": variant.steps})
-            print(json.dumps(rows[-1]), flush=True)
+    rows: list[dict[str, Any]] = [
+        measure("teacher", 100, 1.0, reference, reference, prompts) | {"steps": 50}
+    ]
     result = {
         "what": "TinyWan in few steps, paired with its 50 guided steps (8-bit clips)",
         "clips": options.clips,
@@ -135,8 +120,14 @@ def main() -> None:
         "rows": rows,
         "versions": installed_versions(),
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    for variant in variants(options):
+        clips = made(variant, pairs, options.work)
+        calls = variant.steps * (2 if variant.guided else 1)
+        row = measure(variant.name, calls, variant.density, clips, reference, prompts)
+        rows.append(row | {"steps": variant.steps})
+        # after every variant: an interrupted evaluation has what it has
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def teacher_clips(folder: Path, count: int) -> list[np.ndarray]:
@@ -205,7 +196,7 @@ def measure(
     )
     quality = compare(videos, twins)
     accuracy = caption_accuracy(videos, prompts)
-    found = [detect(video) for video in videos]
+    found = accuracy.detections
     assert quality.flicker_ratio is not None
     return {
         "name": name,
