@@ -119,7 +119,7 @@ def main() -> None:
     save_half(student, options.folder / "student.safetensors")
 
 
-def cost(repeats: int = 5) -> dict[str, Any]:
+def cost(repeats: int = 3) -> dict[str, Any]:
     """Forward and backward of TinyWan at its 17 latent frames, dense and under uniform plans."""
     dense = load_tinywan().transformer.train()
     rules = ("dense", "4,1,balanced", "2,1,balanced", "1,1,balanced", "0,0,none")

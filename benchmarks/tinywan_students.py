@@ -242,7 +242,8 @@ def table(result: dict[str, Any]) -> str:
         "| | steps | calls | density | PSNR dB | SSIM | flicker / teacher | caption right | IoU |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in result["rows"]:
+    # what is built on the student, marked "+", below it
+    for row in sorted(result["rows"], key=lambda row: (-row["calls"], row["name"][0] == "+")):
         teacher = row["name"] == "teacher"
         psnr = "" if teacher else f"{row['psnr_db']:.1f} ± {row['psnr_db_stderr']:.1f}"
         flicker = f"{row['flicker_ratio']:.2f} ± {row['flicker_ratio_stderr']:.2f}"
