@@ -70,7 +70,7 @@ _HALF = {
 
 # float32 is computed exactly, without tensor cores; one small configuration does for every family.
 _FLOAT32 = {
-    "forward": ((64, 32, 8, 1), (64, 16, 8, 1), (64, 16, 8, 1), (32, 16, 8, 1)),
+    "forward": ((64, 32, 8, 1), (64, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
     "grad_q": ((32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
     "grad_kv": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
 }
