@@ -33,8 +33,9 @@ def script(name: str) -> ModuleType:
             "docs/attention_tiles.md",
             "benchmarks/results/cpu/tinywan_tiles.json",
         ),
+        ("quote_retarget", "docs/retarget.md", "benchmarks/results/cpu/retarget.json"),
     ],
-    ids=["demo", "residual reuse", "tiles"],
+    ids=["demo", "residual reuse", "tiles", "retarget"],
 )
 def test_the_block_is_what_the_report_says(name: str, page: str, report: str) -> None:
     quoting = script(name)
