@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import types
+from collections import Counter
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from evdit_opt.errors import EvditError, PlanError
@@ -19,7 +20,7 @@ __all__ = ["OPTIONAL", "build", "dump", "parse", "shorten"]
 T = TypeVar("T")
 MAX_DIGITS = 25  # more than any 64-bit integer has; Python converts longer ones in quadratic time
 MAX_TEXT = 1000
-MAX_VALUES = 400_000  # what little ones would take, of which a file of some MiB may hold millions
+MAX_VALUES = 240_000  # what little ones would take, of which a file of some MiB may hold millions
 Pairs = tuple[tuple[str, str], ...]  # written as a JSON object
 OPTIONAL = "optional"
 """Metadata of a field that is written only where it differs from its default."""
@@ -169,12 +170,11 @@ def _count_values(text: str) -> int:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in seen:
-            raise PlanError(f"expected every key once, got {shorten(key)} twice in one object")
-        seen[key] = value
-    return seen
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise PlanError(f"expected every key once, got {shorten(key)} twice in one object")
+    return found
 
 
 def _bounded_int(digits: str) -> int:
