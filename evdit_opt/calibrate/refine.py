@@ -69,7 +69,12 @@ def _changes(problem: Problem, found: Found, group: Sequence[str], budget: float
     own = found.options[group[0]].rule
     rules = {reused.rule for reused in problem.reuse[group[0]]} - {own}
     plans = [with_rule(problem, found, group, rule) for rule in rules]
-    dearer = [one for one in plans if found.price < one.price <= budget + 1e-9]
+    dearer = [
+        one
+        for one in plans
+        if found.price < one.price <= budget + 1e-9
+        and len({option.rule for option in one.options.values()}) <= problem.max_rules
+    ]
     if not dearer:
         return []
     cheapest = min(dearer, key=lambda one: (one.price, one.damage))

@@ -28,15 +28,19 @@ def test_the_site_that_matters_is_found() -> None:
     assert truth(start) > 100.0
 
 
-@given(st.integers(1, 9), st.integers(3, 12), st.integers(0, 99), st.floats(0.1, 0.9))
+@given(
+    st.integers(1, 9), st.integers(3, 12), st.integers(0, 99), st.floats(0.1, 0.9),
+    st.integers(1, 3),
+)  # fmt: skip
 @settings(max_examples=30)
-def test_it_keeps_the_budget_and_is_never_worse_than_where_it_began(
-    sites: int, steps: int, seed: int, budget: float
+def test_it_keeps_the_limits_and_is_never_worse_than_where_it_began(
+    sites: int, steps: int, seed: int, budget: float, max_rules: int
 ) -> None:
-    given_, scores = problem(sites, steps, seed), []
+    given_, scores = problem(sites, steps, seed, max_rules=max_rules), []
 
     def score(found: Found) -> float:
         assert found.price <= budget + 1e-9
+        assert len({option.rule for option in found.options.values()}) <= max_rules
         scores.append(found.damage)
         return found.damage
 
