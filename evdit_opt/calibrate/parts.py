@@ -45,7 +45,8 @@ class Parts:
             ``[masks, batch, heads, frames, positions, head_dim]``, float32; 0 where padding hides
             every kept key.
         """
-        return (self._shares(bias).unsqueeze(-2) @ self.out).squeeze(-2)
+        # One small matrix product per query: broadcasting over masks would copy ``out`` for each.
+        return (self._shares(bias).movedim(0, -2) @ self.out).movedim(-2, 0)
 
     def mass(self) -> Tensor:
         """Share of the dense attention that each part gets, ``[heads, frames, parts]``.
