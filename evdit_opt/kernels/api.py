@@ -6,10 +6,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from evdit_opt.errors import MaskError
 from evdit_opt.grid import TokenLayout
 from evdit_opt.kernels import ops, short_calls  # noqa: F401  (ops: registers torch.ops.evdit)
-from evdit_opt.kernels.geometry import Geometry
+from evdit_opt.kernels.checks import check_frames
 from evdit_opt.masks import TileMask
 
 __all__ = ["tile_attention"]
@@ -76,20 +75,12 @@ def tile_attention(
         MaskError: if mask, layout, tensors, ``attn_mask`` or ``impl`` do not fit together.
         UnsupportedInputError: if dtype, device or head_dim are not supported.
     """
-    if mask.frames != layout.grid.frames:
-        raise MaskError(
-            f"expected a mask of {layout.grid.frames} frames for this layout, got {mask.frames}; "
-            "use rule.mask(layout.grid.frames)"
-        )
     compiling = torch.compiler.is_compiling()
-    intervals, log_weights = mask.segments() if compiling else _segments(mask)
     is_plain = not (compiling or return_lse) and attn_mask is None
-    if is_plain and short_calls.is_short(q, k, v, impl, layout.seq_len):
-        geometry = Geometry(
-            frames=mask.frames, tokens=layout.grid.tokens_per_frame,
-            prefix=layout.prefix, suffix=layout.suffix,
-        )  # fmt: skip
-        return short_calls.attend(q, k, v, intervals, log_weights, geometry, scale, impl)
+    if is_plain and short_calls.is_short(q, k, v, impl):
+        return short_calls.attend(q, k, v, mask, layout, scale, impl)
+    check_frames(mask, layout)
+    intervals, log_weights = mask.segments() if compiling else _segments(mask)
     out, lse = torch.ops.evdit.tile_attention(
         q, k, v, attn_mask, intervals, log_weights,
         layout.grid.frames, layout.grid.tokens_per_frame, layout.prefix, layout.suffix,

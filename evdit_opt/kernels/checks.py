@@ -6,13 +6,27 @@ import torch
 from torch import Tensor
 
 from evdit_opt.errors import MaskError, UnsupportedInputError
+from evdit_opt.grid import TokenLayout
 from evdit_opt.kernels.geometry import Geometry
 from evdit_opt.masks import TileMask
 
-__all__ = ["check_inputs", "check_segments", "check_values"]
+__all__ = ["check_frames", "check_inputs", "check_segments", "check_values"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_HEAD_DIM = 256
+
+
+def check_frames(mask: TileMask, layout: TokenLayout) -> None:
+    """Check that a mask is one for the frames of a layout.
+
+    Raises:
+        MaskError: if it is not.
+    """
+    if mask.frames != layout.grid.frames:
+        raise MaskError(
+            f"expected a mask of {layout.grid.frames} frames for this layout, got {mask.frames}; "
+            "use rule.mask(layout.grid.frames)"
+        )
 
 
 def check_inputs(

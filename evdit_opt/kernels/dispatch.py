@@ -135,8 +135,13 @@ def forward(
     return run(choose(impl, arguments), arguments)
 
 
-def choose(impl: str, arguments: Arguments) -> str:
+def choose(impl: str, arguments: Arguments, attend: Callable[[str], object] | None = None) -> str:
     """The implementation that :func:`forward` runs for these arguments of it.
+
+    Args:
+        impl: one of ``IMPLEMENTATIONS``.
+        arguments: of :func:`forward`, without ``impl``.
+        attend: runs one by its name, where that is another way than :func:`run`.
 
     Returns:
         One of ``IMPLEMENTATIONS``, never "static" or "auto".
@@ -146,6 +151,8 @@ def choose(impl: str, arguments: Arguments) -> str:
     if impl != "auto":
         return impl
     names = _candidates(q, geometry)
+    if attend is not None:
+        return _fastest("short forward", arguments, names, attend)
     return _fastest("forward", arguments, names, lambda name: run(name, arguments))
 
 

@@ -35,6 +35,7 @@ def measuring(
     monkeypatch.setattr(dispatch, "_fastest", fastest)
     monkeypatch.setattr(autotune, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(autotune, "_choices", {})
+    monkeypatch.setattr(short_calls, "_calls", {})
     ran: list[str] = []
     run = dispatch.run
 
@@ -69,6 +70,7 @@ def test_auto_measures_the_first_call_of_a_kind_only(measuring: list[str]) -> No
     assert choice.name == chosen
     assert dict(choice.key)["tokens"] == 40
     autotune._choices.clear()
+    short_calls._calls.clear()
     measuring.clear()
     tile_attention(q, k, v, MASK, LAYOUT)  # as another process: from disk
     assert measuring == [chosen]
@@ -142,14 +144,14 @@ def test_where_it_must_not_measure_the_rule_of_thumb_decides(
     measuring: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "_may_measure", lambda q: False)
-    tile_attention(*inputs(), MASK, LAYOUT)
+    tile_attention(*inputs(), MASK, LAYOUT, return_lse=True)
     assert measuring == ["decomposed"]
     monkeypatch.setattr(dispatch, "_may_measure", lambda q: True)
-    tile_attention(*inputs(), MASK, LAYOUT)
+    tile_attention(*inputs(), MASK, LAYOUT, return_lse=True)
     chosen = measuring[-1]
     measuring.clear()
     monkeypatch.setattr(dispatch, "_may_measure", lambda q: False)
-    tile_attention(*inputs(), MASK, LAYOUT)  # what is known already may be used
+    tile_attention(*inputs(), MASK, LAYOUT, return_lse=True)  # what is known already may be used
     assert measuring == [chosen]
 
 
@@ -223,7 +225,7 @@ def test_a_compiler_decides_before_the_first_call(measuring: list[str], padded: 
     assert impl in ("decomposed", "masked")
     assert len(measuring) >= 4
     measuring.clear()
-    tile_attention(*tensors, MASK, LAYOUT, attn_mask=attn_mask)
+    tile_attention(*tensors, MASK, LAYOUT, attn_mask=attn_mask, return_lse=True)
     assert measuring == [impl]
     measuring.clear()
     assert dispatch.decide("flex", *fake, *MASK.segments(), geometry) == "flex"
