@@ -8,6 +8,7 @@ from evdit_opt import apply
 from evdit_opt.calibrate.make import make_plan
 from evdit_opt.config import Config
 from evdit_opt.errors import DistillationError
+from evdit_opt.guard import Guard
 from evdit_opt.models import Item, config_hash, denoiser_of
 from evdit_opt.plan import Plan
 
@@ -28,6 +29,7 @@ def optimize(
     *,
     steps: int | None = None,
     finetune: "FinetuneConfig | None" = None,
+    guard: Guard | None = None,
 ) -> Target:
     """Calibrate a video model and replace its 3D attention by tile-sparse attention, in place.
 
@@ -42,6 +44,7 @@ def optimize(
         config: settings; ``Config()`` if None.
         steps: of the fine-tuned pipeline; only with ``finetune``.
         finetune: how to train; None: weights do not change.
+        guard: compare with dense attention now and then, and warn once if the plan no longer fits.
 
     Returns:
         ``target`` itself. Where no site can be sparse it stays as it was, and a warning says why.
@@ -65,7 +68,7 @@ def optimize(
         if plan is None:
             return target
     if plan.rules:
-        return apply_plan(target, plan, inner=config.inner, impl=config.impl)
+        return apply_plan(target, plan, inner=config.inner, impl=config.impl, guard=guard)
     reasons = sorted({site.reason for site in plan.sites})
     logger.warning("evdit left %s dense: %s", plan.model_class, "; ".join(reasons))
     return target
@@ -80,7 +83,8 @@ def apply_plan(target: Target, plan: Plan, **options: Any) -> Target:
     Args:
         target: a diffusers video pipeline, or an ``nn.Module``.
         plan: made for this model by ``make_plan``, or loaded.
-        options: ``inner`` ("inductor", "eager", ...), ``impl``, ``fullgraph``, ``dynamic``.
+        options: ``inner`` ("inductor", "eager", ...), ``impl``, ``fullgraph``, ``dynamic``,
+            ``guard`` (see ``evdit_opt.guard.Guard``).
 
     Returns:
         ``target`` itself; the first forward compiles.

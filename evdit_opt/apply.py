@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from evdit_opt.backend import Options, compile_graph
 from evdit_opt.errors import AlreadyOptimizedError, PlanMismatchError, UnsupportedInputError
+from evdit_opt.guard import Guard, Guarding, expected_errors
 from evdit_opt.inner import Inner
 from evdit_opt.kernels import autotune
 from evdit_opt.passes.capture import restore_call
@@ -49,6 +50,7 @@ def apply_plan(
     fullgraph: bool | None = None,
     dynamic: bool | None = False,
     inductor_options: Mapping[str, Any] | None = None,
+    guard: Guard | None = None,
 ) -> Model:
     """Compile ``model`` in place with the plan's sparse attention; weights and class do not change.
 
@@ -64,6 +66,7 @@ def apply_plan(
         fullgraph: insist on one graph; None: as in calibration, and in parts once that fails.
         dynamic: as in ``torch.compile``; False compiles once for every resolution and frame count.
         inductor_options: passed on to Inductor.
+        guard: compare with dense attention now and then, and warn once if the plan no longer fits.
 
     Returns:
         The same model.
@@ -72,6 +75,7 @@ def apply_plan(
         AlreadyOptimizedError: if a plan is applied already.
         PlanMismatchError: if the plan is for another class, or names modules the model lacks.
         UnsupportedInputError: if the model is compiled already in a way that cannot be combined.
+        PlanError: if there is a guard, and the plan knows no errors to guard by.
     """
     _require_plain(model)
     if is_optimized(model):
@@ -93,6 +97,7 @@ def apply_plan(
             f"expected fullgraph=False, got True with a plan that reaches {next(iter(scoped))} in "
             "a scope, which ends Dynamo's graph; leave fullgraph out"
         )
+    expected = {} if guard is None else expected_errors(plan)
     options = Options(inner=inner, inductor=inductor_options or {}, impl=impl)
     marks = add_marks(model, _specs(plan, "mark"), plan.grid_source if plan.rules else None)
     applied = Applied(
@@ -114,6 +119,10 @@ def apply_plan(
         may_split=fullgraph is None,
         dynamic=dynamic,
     )
+    if guard is not None:
+        modules = dict(model.named_modules())
+        guarded: Any = {name: modules[name]._evdit_site for name in expected}
+        call = Guarding(call, guard, expected, guarded, applied.live)
     if plan.reuse is not None:
         call = _reusing(model, call, plan, applied)
     # A compile of the user's around this one must not trace it: marks are for our backend only.

@@ -83,6 +83,8 @@ class SitePlan:
         errors: what every candidate would cost here.
         way: how its attention is reached: by a mark in its graph, or, where Dynamo puts mark and
             attention into different graphs, in a scope of its own.
+        error: relative error of its output where it is not dense, as calibrated: root mean square
+            over the steps of a run (between refreshes, if it reuses). None if not known.
     """
 
     name: str
@@ -92,6 +94,7 @@ class SitePlan:
     density: float
     errors: tuple[RuleEvidence, ...] = ()
     way: Way = field(default="mark", metadata={OPTIONAL: True})
+    error: float | None = field(default=None, metadata={OPTIONAL: True})
 
     def __post_init__(self) -> None:
         require_text("name", self.name, 256)
@@ -101,6 +104,8 @@ class SitePlan:
             raise PlanError(f"expected way to be one of {get_args(Way)}, got {self.way!r}")
         if self.rule is None and self.density != 1.0:
             raise PlanError(f"expected density 1 at a dense site, got {self.density}")
+        if self.error is not None:
+            require_number("error", self.error, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -74,7 +74,7 @@ def _moved(site: SitePlan, origin: VideoGrid, grid: VideoGrid) -> SitePlan:
     if grid != origin:
         where = f"{MEASURED_AT}{_size(origin)} tokens"
     reason = reason[: MAX_REASON - len(where)] + where
-    return replace(site, density=site.rule.density(layout), reason=reason, errors=())
+    return replace(site, density=site.rule.density(layout), reason=reason, errors=(), error=None)
 
 
 def _extrapolated(plan: Plan, origin: VideoGrid, grid: VideoGrid) -> list[str]:

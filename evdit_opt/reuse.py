@@ -74,15 +74,17 @@ def with_reuse(
     record = ReuseRecord(
         sites=names, timestep=timestep, refresh_at=tuple(refresh_at), levels=tuple(levels)
     )
-    if rule is None:
-        return replace(plan, reuse=record)
     changed = []
     for site in plan.sites:
         if site.name in names:
+            site = replace(site, error=None)
+        if site.name in names and rule is not None:
             layout = TokenLayout(plan.grid, site.layout.prefix, site.layout.suffix)
             density = rule.density(layout)
             site = replace(site, rule=rule, density=density, reason="between refreshes")
         changed.append(site)
+    if rule is None:
+        return replace(plan, sites=tuple(changed), reuse=record)
     return replace(plan, sites=tuple(changed), reuse=record, quality=None, speed=None)
 
 

@@ -93,6 +93,7 @@ sparse_sites = st.builds(
     density=fractions,
     errors=evidences,
     way=st.sampled_from(["mark", "scope"]),
+    error=st.none() | st.floats(0, 9),
 )
 dense_sites = st.builds(
     SitePlan,

@@ -49,6 +49,7 @@ class Drafter:
                     _rule(choice.get(name)),
                     self._reason(choice.get(name), errors[name], threshold),
                     errors[name],
+                    _error(choice.get(name)),
                 )
                 for name in self.survey.layouts
             ],
@@ -57,12 +58,16 @@ class Drafter:
 
     def draft_reuse(self, found: Found, errors: Errors, levels: Sequence[float]) -> Plan:
         """A plan that reuses residuals, at the grid and for runs with the noise ``levels``."""
+        between = len(levels) - found.refreshes[0] - len(found.refreshes)
         sites = []
         for name, option in found.options.items():
             reason = "dense: nothing cheaper is worth its damage"
             if option.rule is not None:
                 reason = f"error {option.error:.3f}" + (" between refreshes" * option.reuses)
-            sites.append(self._site(name, option.rule, reason, errors[name]))
+            error = None if option.rule is None else option.error
+            if option.reuses:  # that error counts refreshes and dense steps too, as none
+                error = option.error * (len(levels) / between) ** 0.5 if between else None
+            sites.append(self._site(name, option.rule, reason, errors[name], error))
         reuse = ReuseRecord(
             sites=tuple(name for name, option in found.options.items() if option.reuses),
             timestep=TIMESTEP,
@@ -104,6 +109,7 @@ class Drafter:
         rule: Rule | None,
         reason: str,
         candidates: Sequence[CandidateError],
+        error: float | None = None,
     ) -> SitePlan:
         layout = self.survey.layouts[name]
         return SitePlan(
@@ -113,6 +119,7 @@ class Drafter:
             layout=SiteLayout(prefix=layout.prefix, suffix=layout.suffix),
             density=1.0 if rule is None else rule.density(layout),
             way="scope" if name in self.survey.scoped else "mark",
+            error=error,
             errors=tuple(
                 RuleEvidence(
                     rule=candidate.rule.describe(self.survey.grid.frames),
@@ -149,6 +156,10 @@ class Drafter:
 
 def _rule(chosen: CandidateError | None) -> Rule | None:
     return None if chosen is None else chosen.rule
+
+
+def _error(chosen: CandidateError | None) -> float | None:
+    return None if chosen is None else chosen.output
 
 
 def _hash_items(items: Sequence[Item]) -> str:

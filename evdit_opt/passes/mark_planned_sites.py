@@ -15,7 +15,7 @@ from evdit_opt.passes.graph import (
     value_key,
     value_of,
 )
-from evdit_opt.passes.site_mark import MARK, SiteSpec
+from evdit_opt.passes.site_mark import MARK, MarkFacts, SiteSpec
 from evdit_opt.passes.trace_origin import (
     common_origin,
     is_parameter,
@@ -77,9 +77,11 @@ def mark_planned_sites(
         inputs = {reader: projected(reader) or shared[0] for reader in readers}
         # Hidden states may be written out for each reader; they are equal, the first serves all.
         states = min(inputs.values())
-        arguments = (states, spec, grid.frames, grid.tokens_per_frame, None, "sparse", None)
+        facts = MarkFacts(
+            spec, grid.frames, grid.tokens_per_frame, None, "sparse", None, None, None
+        )
         with gm.graph.inserting_after(states):
-            mark = gm.graph.call_function(MARK, arguments)
+            mark = gm.graph.call_function(MARK, (states, *facts))
         mark.meta = {**call.meta, value_key(call): value_of(states)}
         for reader, source in inputs.items():
             reader.replace_input_with(source, mark)

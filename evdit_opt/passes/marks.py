@@ -30,6 +30,7 @@ class LiveGrid:
 
     Attributes:
         mode: what the step asks of the sites that reuse, one of :data:`MODES`.
+        rows: as in the mark, of the forward that is running on this thread.
     """
 
     def __init__(self) -> None:
@@ -58,6 +59,18 @@ class LiveGrid:
         frames = getattr(self.here, "frames", self.last_frames)
         return frames, getattr(self.here, "tokens", self.last_tokens)
 
+    @property
+    def rows(self) -> Tensor | None:
+        """As in the mark; None on a thread whose forward is not checked."""
+        return getattr(self.here, "rows", None)
+
+    @rows.setter
+    def rows(self, rows: Tensor | None) -> None:
+        if rows is not None:
+            self.here.rows = rows
+        elif hasattr(self.here, "rows"):
+            del self.here.rows  # None would be another state to Dynamo than before the first check
+
     def __reduce__(self) -> tuple[type["LiveGrid"], tuple[()]]:
         return LiveGrid, ()  # a copy of a model runs forwards of its own
 
@@ -75,6 +88,7 @@ class SiteMark:
         reuses: whether the step's mode is the site's too; else it is always "sparse", but in
             dense steps.
         residual: as in the mark; set before every forward of a model that reuses.
+        drift: as in the mark; None at a site that nobody checks.
     """
 
     name: str
@@ -84,6 +98,7 @@ class SiteMark:
     attend: Callable[..., Tensor] | None = None
     reuses: bool = False
     residual: Tensor | None = None
+    drift: Tensor | None = None
 
     @property
     def mode(self) -> str:
@@ -93,8 +108,11 @@ class SiteMark:
     @property
     def facts(self) -> "MarkFacts":
         """What the mark of this forward says."""
-        residual = self.residual if self.mode in ("refresh", "reuse") else None
-        return MarkFacts(self.spec, *self.live.read(), self.index, self.mode, residual)
+        mode, rows, drift = self.mode, self.live.rows, self.drift
+        residual = self.residual if mode in ("refresh", "reuse") else None
+        if rows is None or drift is None or mode in ("dense", "refresh"):
+            rows = drift = None
+        return MarkFacts(self.spec, *self.live.read(), self.index, mode, residual, rows, drift)
 
 
 @dataclass

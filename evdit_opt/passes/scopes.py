@@ -89,7 +89,8 @@ class SparseAttend:
 
     def __call__(self, site: SiteMark, attention: Attention, facts: MarkFacts) -> Tensor:
         """The output of one attention; see :data:`Attend`."""
-        import evdit_opt.kernels.ops  # noqa: F401  (registers the operator)
+        import evdit_opt.kernels.ops
+        import evdit_opt.kernels.row_error  # noqa: F401  (both register their operator)
 
         spec = SiteSpec.decode(facts.spec)
         frames, tokens = facts.frames, facts.tokens_per_frame
@@ -106,14 +107,22 @@ class SparseAttend:
                 scale, self.impl,
             )  # fmt: skip
         if facts.residual is None:
-            return sparse  # type: ignore[return-value]  # what keeps nothing reuses
-        wanted = torch.empty_like(q) if sparse is None else sparse
-        if facts.residual.shape != wanted.shape or facts.residual.device != wanted.device:
-            raise ResidualMissing({site.name: wanted})
-        if facts.mode == "reuse":
-            return facts.residual.clone() if sparse is None else sparse + facts.residual
-        out = dense(attention)
-        facts.residual.copy_(out if sparse is None else out - sparse)
+            out: Tensor = sparse  # type: ignore[assignment]  # what keeps nothing reuses
+        else:
+            wanted = torch.empty_like(q) if sparse is None else sparse
+            if facts.residual.shape != wanted.shape or facts.residual.device != wanted.device:
+                raise ResidualMissing({site.name: wanted})
+            if facts.mode == "refresh":
+                out = dense(attention)
+                facts.residual.copy_(out if sparse is None else out - sparse)
+                return out
+            out = facts.residual.clone() if sparse is None else sparse + facts.residual
+        if facts.rows is not None:
+            prefix, _ = text_around(q.shape[2], frames, tokens, spec, site.name)
+            drift = torch.ops.evdit.row_error(
+                q, k, v, attn_mask, out, facts.rows, frames, tokens, prefix, scale
+            )
+            facts.drift.copy_(drift.detach())
         return out
 
 

@@ -58,7 +58,8 @@ class SiteSpec:
 
 
 FACTS = (
-    "str spec, SymInt frames, SymInt tokens_per_frame, Tensor? index, str mode, Tensor? residual"
+    "str spec, SymInt frames, SymInt tokens_per_frame, Tensor? index, str mode, Tensor? residual, "
+    "Tensor? rows, Tensor? drift"
 )
 LEFT_OVER = (
     "expected the evdit backend to compile this graph, another backend did: a site mark was left "
@@ -80,6 +81,8 @@ def mark_op(
     index: Tensor | None,
     mode: str,
     residual: Tensor | None,
+    rows: Tensor | None,
+    drift: Tensor | None,
 ) -> Tensor:
     """``x``, marked as the hidden states of a site; exists in graphs only, never runs.
 
@@ -92,6 +95,9 @@ def mark_op(
         mode: what the site does in this step, one of :data:`MODES`.
         residual: what the site keeps from a refresh to the next, like the attention's output; only
             in the modes "refresh" and "reuse".
+        rows: ``[rows]``, which queries to compare with dense attention, as shares of the video;
+            None in all calls but those that a guard checks (see ``guard``).
+        drift: ``[2]``, float32: the result of that is written here; see ``kernels.row_error``.
     """
     raise PlanMismatchError(LEFT_OVER)
 
@@ -116,6 +122,8 @@ def mark_qkv_op(
     index: Tensor | None,
     mode: str,
     residual: Tensor | None,
+    rows: Tensor | None,
+    drift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Like :func:`mark_op`, put right before an attention by the scope of its site."""
     raise PlanMismatchError(LEFT_OVER)
@@ -143,6 +151,8 @@ class MarkFacts(NamedTuple):
     index: Any
     mode: str
     residual: Any
+    rows: Any
+    drift: Any
 
 
 def facts_of(mark: fx.Node) -> MarkFacts:

@@ -22,7 +22,7 @@ from evdit_opt.passes.graph import (
     value_of,
     walk_back,
 )
-from evdit_opt.passes.site_mark import MARK, MARKS, SiteSpec, facts_of, remove_mark
+from evdit_opt.passes.site_mark import MARK, MARKS, MarkFacts, SiteSpec, facts_of, remove_mark
 from evdit_opt.passes.text_tokens import text_tokens
 
 __all__ = ["ResidualMissing", "match_marks", "swap_attention"]
@@ -47,7 +47,10 @@ def swap_attention(
              residual.copy_(out - sparse)
 
     and in the mode "reuse" it is added: ``out = sparse + residual``. Where the rule keeps nothing,
-    the residual is the whole output. In the mode "dense" only the mark goes.
+    the residual is the whole output. In the mode "dense" only the mark goes. Where a guard checks,
+    a few rows of ``out`` are compared with dense attention:
+
+    after:   drift.copy_(evdit.row_error(q(x), k(x), v(x), attn_mask, out, rows, ...))
 
     Only an attention whose q, k and v all come from one and the same mark, and from no other, is
     the site's: that leaves the cross-attention of a marked module alone. Short sequences, and clips
@@ -64,7 +67,8 @@ def swap_attention(
         LayoutError: if the sequence does not fit the grid and the text of the plan.
         ResidualMissing: if sites that reuse have no residual of the right shape yet.
     """
-    import evdit_opt.kernels.ops  # noqa: F401  (registers the operator)
+    import evdit_opt.kernels.ops
+    import evdit_opt.kernels.row_error  # noqa: F401  (both register their operator)
 
     outcomes = []
     missing: dict[str, Tensor] = {}
@@ -78,7 +82,8 @@ def swap_attention(
                 missing[name] = value_of(calls[0])
                 continue
             for number, call in enumerate(calls):
-                outcome = _rewrite(call, mark, name, impl)
+                # A site that loops over its batch is checked at the first sample.
+                outcome = _rewrite(call, mark, name, impl, checks=number == 0)
                 if number == 0:
                     outcomes.append(outcome)
             remove_mark(mark)
@@ -151,7 +156,7 @@ def _nothing_to_rewrite(name: str, mark: fx.Node, graph: fx.Graph) -> str:
     )
 
 
-def _rewrite(call: fx.Node, mark: fx.Node, name: str, impl: str) -> SiteOutcome:
+def _rewrite(call: fx.Node, mark: fx.Node, name: str, impl: str, checks: bool) -> SiteOutcome:
     facts = facts_of(mark)
     spec = SiteSpec.decode(facts.spec)
     # The structure of the mask is static: a symbolic frame count is guarded to this value here.
@@ -173,6 +178,8 @@ def _rewrite(call: fx.Node, mark: fx.Node, name: str, impl: str) -> SiteOutcome:
             out = insert_call(graph, operator.add, (sparse, facts.residual), call)
         else:
             out = sparse or call  # what keeps nothing is never merely sparse
+        if facts.rows is not None and checks:
+            _check(call, attention, out, facts, spec, name)
     if facts.mode == "refresh":
         with graph.inserting_before(call.next):
             dropped = call
@@ -183,6 +190,30 @@ def _rewrite(call: fx.Node, mark: fx.Node, name: str, impl: str) -> SiteOutcome:
         call.replace_all_uses_with(out)
         graph.erase_node(call)
     return outcome
+
+
+def _check(
+    call: fx.Node, attention: Attention, out: fx.Node, facts: MarkFacts, spec: SiteSpec, name: str
+) -> None:
+    """Compare some rows of ``out`` with dense attention, before ``call``."""
+    graph, frames = call.graph, int(value_of(facts.frames))
+    tokens = facts.tokens_per_frame
+    prefix, _ = text_tokens(graph, attention.q, frames, tokens, spec, name)
+    arguments = (
+        attention.q,
+        attention.k,
+        attention.v,
+        attention.attn_mask,
+        out,
+        facts.rows,
+        frames,
+        tokens,
+        prefix,
+        attention.scale,
+    )
+    found = insert_call(graph, torch.ops.evdit.row_error.default, arguments, call)
+    found = insert_call(graph, torch.ops.aten.detach.default, (found,), call)
+    insert_call(graph, torch.ops.aten.copy_.default, (facts.drift, found), call)
 
 
 def _sparse(
