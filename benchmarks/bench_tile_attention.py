@@ -7,7 +7,8 @@
 query-key pairs); dense keeps seq ** 2. Every contender runs once per round, so that what disturbs
 the machine disturbs all of them alike. ``of ideal`` is time / (density * dense time): 1 is perfect.
 On a shared machine use one thread and its CPU time; the JSON records which clock was used, and
-keeps what was measured with another number of threads.
+keeps what was measured with another number of threads. ``--part 2/3`` measures a third of the rows,
+where the machine can be had alone for a short time only.
 """
 
 import argparse
@@ -30,6 +31,8 @@ from evdit_opt.masks import Rule
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Contenders = dict[str, Callable[[], object]]
 COMPILED_SEQ = 256
+# Of a short call more are timed.
+ROUNDS = 25
 MAIN = Shape(
     name="main", frames=16, tokens=576, heads=4, head_dim=64,
     rules=(Rule(1), Rule(2), Rule(2, weighting="balanced")),
@@ -98,7 +101,7 @@ def small(arguments: argparse.Namespace, shape: Shape, dtype: str, rule: Rule) -
             contenders["masked SDPA"], fullgraph=True, dynamic=False
         )
     contenders["auto"]()  # measures and chooses
-    seconds = interleaved(contenders, 10 * arguments.rounds, "cpu", arguments.clock)
+    seconds = interleaved(contenders, ROUNDS * arguments.rounds, "cpu", arguments.clock)
     times = {name: 1e3 * min(own) for name, own in seconds.items()}
     own = min(times["decomposed"], times["masked"])
     row = {"frames": shape.frames, "tokens": shape.tokens, "heads": shape.heads,
@@ -142,22 +145,29 @@ def exponent(arguments: argparse.Namespace, references: int) -> dict[str, Any]:
             "exponent": slope}  # fmt: skip
 
 
-SECTIONS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
+Rows = list[Callable[[], dict[str, Any]]]
+SECTIONS: dict[str, Callable[[argparse.Namespace], Rows]] = {
     "main": lambda a: [
-        bench(a, shape, dtype, rule, not a.no_peers)
+        partial(bench, a, shape, dtype, rule, not a.no_peers)
         for dtype in ("float32", "bfloat16") for shape in (MAIN, WIDE) for rule in shape.rules
     ],
-    "demo": lambda a: [bench(a, DEMO, "float32", rule, False) for rule in DEMO.rules],
-    "growth": lambda a: [exponent(a, references) for references in (1, 2)],
+    "demo": lambda a: [partial(bench, a, DEMO, "float32", rule, False) for rule in DEMO.rules],
+    "growth": lambda a: [partial(exponent, a, references) for references in (1, 2)],
     "small": lambda a: [
-        small(a, shape, dtype, rule)
+        partial(small, a, shape, dtype, rule)
         for dtype in ("float32", "bfloat16") for shape in SMALL for rule in shape.rules
     ],
     "memory": lambda a: [
-        memory(dtype, rule)
+        partial(memory, dtype, rule)
         for dtype in ("float32", "bfloat16") for rule in range(len(cpu_memory.MEMORY.rules))
     ],
 }  # fmt: skip
+
+
+def part_of(text: str, rows: int) -> range:
+    """Which of ``rows`` rows are part "2/3" of a section."""
+    part, parts = map(int, text.split("/"))
+    return range((part - 1) * rows // parts, part * rows // parts)
 
 
 def main() -> None:
@@ -170,6 +180,9 @@ def main() -> None:
         "--output", type=Path, default=Path("benchmarks/results/cpu/tile_attention.json")
     )
     parser.add_argument("--no-peers", action="store_true", help="only dense and decomposed")
+    parser.add_argument(
+        "--part", default="1/1", help="2/3: the second third of every section; the other rows stay"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     report: dict[str, Any] = {}
@@ -181,7 +194,14 @@ def main() -> None:
     with torch.no_grad():
         for section in arguments.section or SECTIONS:
             name = section if arguments.threads == 1 else f"{section}, {arguments.threads} threads"
-            report[name] = {"environment": facts, "rows": SECTIONS[section](arguments)}
+            cases = SECTIONS[section](arguments)
+            old = report.get(name, {}).get("rows", [])
+            if len(old) != len(cases) and arguments.part != "1/1":
+                parser.error(f"expected all rows of {name!r} in {arguments.output}; measure them")
+            rows = old if len(old) == len(cases) else [{} for _ in cases]
+            for index in part_of(arguments.part, len(cases)):
+                rows[index] = cases[index]()
+            report[name] = {"environment": facts, "rows": rows}
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {arguments.output}")
