@@ -19,13 +19,15 @@ from evdit_opt.kernels.triton_launch import (
     bias_arguments,
     check_supported,
     config_for,
+    launch_options,
     load_part,
     locate,
-    split_head_dim,
+    on_device_of,
     store_part,
+    strides,
     writable,
 )
-from evdit_opt.kernels.triton_tables import Tables, make_tables
+from evdit_opt.kernels.triton_tables import make_tables
 
 __all__ = ["backward"]
 
@@ -71,41 +73,26 @@ def backward(
     batch, heads, seq, head_dim = q.shape
     key_heads = k.shape[1]
     shapes = batch, heads, seq, heads // key_heads, scale
-    inputs = (
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *bias_strides
-    )  # fmt: skip
-    first, second = split_head_dim(head_dim)
-    sizes = {"HEAD_DIM": head_dim, "PART_0": first, "PART_1": second, "HAS_BIAS": bias is not None}
-
-    def options(config: LaunchConfig, tables: Tables) -> dict[str, int | bool]:
-        return sizes | {
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "HAS_WEIGHTS": tables.is_weighted,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-            "enable_fp_fusion": True,
-        }
-
     by_query = make_tables(intervals, log_weights, geometry, grad_q_config.block_m, q.device)
     by_key = make_tables(
         intervals, log_weights, geometry, grad_kv_config.block_n, q.device, transposed=True
     )
-    with torch.cuda.device(q.device if q.device.type == "cuda" else -1):
+    with on_device_of(q):
         delta_kernel[(triton.cdiv(seq, DELTA_ROWS), heads, batch)](
-            grad_out, out, delta, *grad_out.stride()[:3], *out.stride()[:3], heads, seq,
+            grad_out, out, delta, *strides(grad_out, out), heads, seq,
             HEAD_DIM=head_dim, COLUMNS=max(16, triton.next_power_of_2(head_dim)), ROWS=DELTA_ROWS,
         )  # fmt: skip
         grad_q_kernel[(by_query.tiles.shape[0] * heads * batch,)](
             q, k, v, grad_out, lse, delta, bias, grad_q,
             by_query.tiles, by_query.ranges, by_query.weights,
-            *inputs, *grad_q.stride()[:3], *shapes, **options(grad_q_config, by_query),
+            *strides(q, k, v, grad_out), *bias_strides, *strides(grad_q), *shapes,
+            **launch_options(grad_q_config, head_dim, by_query, bias),
         )  # fmt: skip
         grad_kv_kernel[(by_key.tiles.shape[0] * key_heads * batch,)](
             q, k, v, grad_out, lse, delta, bias, grad_k, grad_v,
             by_key.tiles, by_key.ranges, by_key.weights,
-            *inputs, *grad_k.stride()[:3], *grad_v.stride()[:3], *shapes,
-            **options(grad_kv_config, by_key),
+            *strides(q, k, v, grad_out), *bias_strides, *strides(grad_k, grad_v), *shapes,
+            **launch_options(grad_kv_config, head_dim, by_key, bias),
         )  # fmt: skip
     for grad, written in zip(grads, (grad_q, grad_k, grad_v), strict=True):
         if written is not grad:

@@ -20,10 +20,13 @@ from evdit_opt.kernels.triton_launch import (
     bias_arguments,
     check_supported,
     config_for,
+    launch_options,
     load_part,
     locate,
+    on_device_of,
     split_head_dim,
     store_part,
+    strides,
     writable,
 )
 from evdit_opt.kernels.triton_tables import make_tables
@@ -65,37 +68,23 @@ def forward(
     bias, *bias_strides = bias_arguments(attn_mask, q)
     batch, heads, seq, head_dim = q.shape
     tables = make_tables(intervals, log_weights, geometry, config.block_m, q.device)
-    first, second = split_head_dim(head_dim)
     descriptors: tuple[Any, ...] = (None,) * 4
     if config.use_tma:
         k, v = _aligned(k), _aligned(v)
-        descriptors = tuple(
-            block for x in (k, v) for block in _descriptors(x, (first, second), config.block_n)
-        )
-    with torch.cuda.device(q.device if q.device.type == "cuda" else -1):
+        descriptors = (*_descriptors(k, config.block_n), *_descriptors(v, config.block_n))
+    with on_device_of(q):
         forward_kernel[(tables.tiles.shape[0] * heads * batch,)](
-            q, k, v, target, lse, bias, tables.tiles, tables.ranges, tables.weights,
-            *descriptors,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *target.stride()[:3], *bias_strides,
+            q, k, v, target, lse, bias, tables.tiles, tables.ranges, tables.weights, *descriptors,
+            *strides(q, k, v, target), *bias_strides,
             batch, heads, seq, heads // k.shape[1], scale,
-            HEAD_DIM=head_dim,
-            PART_0=first,
-            PART_1=second,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            HAS_BIAS=bias is not None,
-            HAS_WEIGHTS=tables.is_weighted,
-            USE_TMA=config.use_tma,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
+            USE_TMA=config.use_tma, **launch_options(config, head_dim, tables, bias),
         )  # fmt: skip
     if target is not out:
         out.copy_(target)
     return out, lse
 
 
-def _descriptors(x: Tensor, parts: tuple[int, int], block_n: int) -> tuple[Any, ...]:
+def _descriptors(x: Tensor, block_n: int) -> tuple[Any, ...]:
     """Descriptors of both parts of head_dim of ``x`` ``[batch, heads, seq, head_dim]``."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -103,7 +92,7 @@ def _descriptors(x: Tensor, parts: tuple[int, int], block_n: int) -> tuple[Any, 
         TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, block_n, part])
         if part
         else None
-        for part in parts
+        for part in split_head_dim(x.shape[-1])
     )
 
 

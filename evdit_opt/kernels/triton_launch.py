@@ -7,6 +7,8 @@ exactly the same ranges, those of other frames the same reference frames, so wha
 read the others find in the L2 cache. Query heads that share a key head are neighbours.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,7 @@ from torch import Tensor
 from evdit_opt.errors import UnsupportedInputError
 from evdit_opt.kernels.dense import key_bias
 from evdit_opt.kernels.triton_configs import LaunchConfig, default_config
-from evdit_opt.kernels.triton_tables import TILE_COLUMNS
+from evdit_opt.kernels.triton_tables import TILE_COLUMNS, Tables
 
 __all__ = [
     "addressable",
@@ -23,10 +25,13 @@ __all__ = [
     "check_supported",
     "config_for",
     "is_interpreted",
+    "launch_options",
     "load_part",
     "locate",
+    "on_device_of",
     "split_head_dim",
     "store_part",
+    "strides",
     "writable",
 ]
 
@@ -118,6 +123,29 @@ def bias_arguments(attn_mask: Tensor | None, q: Tensor) -> tuple[Tensor | None, 
     bias = bias.contiguous()
     over_batch, over_heads = (bias.stride(n) if bias.shape[n] > 1 else 0 for n in (0, 1))
     return bias, over_batch, over_heads
+
+
+def strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Strides over batch, heads and tokens of one tensor after the other; head_dim's is 1."""
+    return tuple(step for x in tensors for step in x.stride()[:3])
+
+
+def launch_options(
+    config: LaunchConfig, head_dim: int, tables: Tables, bias: Tensor | None
+) -> dict[str, Any]:
+    """What every kernel over ``tables`` is compiled for."""
+    first, second = split_head_dim(head_dim)
+    return {
+        "HEAD_DIM": head_dim, "PART_0": first, "PART_1": second,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "HAS_BIAS": bias is not None, "HAS_WEIGHTS": tables.is_weighted,
+        "num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True,
+    }  # fmt: skip
+
+
+def on_device_of(x: Tensor) -> torch.cuda.device:
+    """Kernels start on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(x.device if x.device.type == "cuda" else -1)
 
 
 @triton.jit
