@@ -1,5 +1,6 @@
 """Tile attention for people: a mask and a layout instead of lists of integers."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, overload
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from evdit_opt.grid import TokenLayout
 from evdit_opt.kernels import ops, short_calls  # noqa: F401  (ops: registers torch.ops.evdit)
-from evdit_opt.kernels.checks import check_frames
+from evdit_opt.kernels.checks import check_frames, check_groups
 from evdit_opt.masks import TileMask
 
 __all__ = ["tile_attention"]
@@ -16,13 +17,13 @@ __all__ = ["tile_attention"]
 
 @overload
 def tile_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: TileMask, layout: TokenLayout, *,
+    q: Tensor, k: Tensor, v: Tensor, mask: TileMask | Sequence[TileMask], layout: TokenLayout, *,
     scale: float | None = ..., attn_mask: Tensor | None = ..., impl: str = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def tile_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: TileMask, layout: TokenLayout, *,
+    q: Tensor, k: Tensor, v: Tensor, mask: TileMask | Sequence[TileMask], layout: TokenLayout, *,
     scale: float | None = ..., attn_mask: Tensor | None = ..., impl: str = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
@@ -32,7 +33,7 @@ def tile_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: TileMask,
+    mask: TileMask | Sequence[TileMask],
     layout: TokenLayout,
     *,
     scale: float | None = None,
@@ -51,7 +52,8 @@ def tile_attention(
             (not "triton").
         k: ``[batch, kv_heads, seq, head_dim]``; heads is a multiple of kv_heads.
         v: like k.
-        mask: the tile mask, for ``layout.grid.frames`` frames.
+        mask: the tile mask, for ``layout.grid.frames`` frames; or several, each for an equal share
+            of the heads, in their order: one launch each, and no copies of q, k and v.
         layout: where frames and text lie in the sequence.
         scale: multiplies the logits; None is ``1 / sqrt(head_dim)``.
         attn_mask: the model's own key-padding mask, kept in addition to the tile mask:
@@ -75,6 +77,8 @@ def tile_attention(
         MaskError: if mask, layout, tensors, ``attn_mask`` or ``impl`` do not fit together.
         UnsupportedInputError: if dtype, device or head_dim are not supported.
     """
+    if not isinstance(mask, TileMask):
+        return _by_group(q, k, v, mask, layout, scale, attn_mask, impl, return_lse)
     compiling = torch.compiler.is_compiling()
     is_plain = not (compiling or return_lse) and attn_mask is None
     if is_plain and short_calls.is_short(q, k, v, impl):
@@ -87,6 +91,39 @@ def tile_attention(
         scale, impl,
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def _by_group(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    masks: Sequence[TileMask],
+    layout: TokenLayout,
+    scale: float | None,
+    attn_mask: Tensor | None,
+    impl: str,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A mask per group of heads; args, returns and errors as of :func:`tile_attention`."""
+    check_groups(q, k, len(masks))
+    parts = []
+    for n, mask in enumerate(masks):
+        heads, key_heads = (
+            slice(n * x.shape[1] // len(masks), (n + 1) * x.shape[1] // len(masks)) for x in (q, k)
+        )
+        padding = attn_mask
+        if attn_mask is not None and attn_mask.ndim == 4 and attn_mask.shape[1] == q.shape[1]:
+            padding = attn_mask[:, heads]
+        part = tile_attention(
+            q[:, heads], k[:, key_heads], v[:, key_heads], mask, layout,
+            scale=scale, attn_mask=padding, impl=impl, return_lse=True,
+        )  # fmt: skip
+        parts.append((heads, *part))
+    # Not torch.cat, which would put the heads outside.
+    out = torch.empty_like(q, dtype=parts[0][1].dtype)
+    for heads, part_out, _ in parts:
+        out[:, heads] = part_out
+    return (out, torch.cat([lse for *_, lse in parts], dim=1)) if return_lse else out
 
 
 # Not for Dynamo, which ignores the cache and warns.

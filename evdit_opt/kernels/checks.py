@@ -10,7 +10,7 @@ from evdit_opt.grid import TokenLayout
 from evdit_opt.kernels.geometry import Geometry
 from evdit_opt.masks import TileMask
 
-__all__ = ["check_frames", "check_inputs", "check_segments", "check_values"]
+__all__ = ["check_frames", "check_groups", "check_inputs", "check_segments", "check_values"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_HEAD_DIM = 256
@@ -26,6 +26,20 @@ def check_frames(mask: TileMask, layout: TokenLayout) -> None:
         raise MaskError(
             f"expected a mask of {layout.grid.frames} frames for this layout, got {mask.frames}; "
             "use rule.mask(layout.grid.frames)"
+        )
+
+
+def check_groups(q: Tensor, k: Tensor, groups: int) -> None:
+    """Check that masks can share the heads: ``groups`` of them, equal ones.
+
+    Raises:
+        MaskError: if they cannot.
+    """
+    fits = q.ndim == k.ndim == 4 and groups > 0
+    if not fits or q.shape[1] % groups or k.shape[1] % groups:
+        raise MaskError(
+            "expected a tile mask, or several that divide the heads of q and k [batch, heads, seq, "
+            f"head_dim] into equal groups, got {groups} masks for {_shapes(q, k)}"
         )
 
 

@@ -12,6 +12,9 @@ EMPTY_FUNCTIONS = ("empty", "empty_like")
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """What the package does not write to is NaN, not the zeros of a fresh page."""
+    # Made at Dynamo's first use, in the middle of such a test perhaps, and kept: it would not know
+    # the real functions any more.
+    torch._dynamo.trace_rules.get_torch_obj_rule_map()
     plain = {name: getattr(torch, name) for name in EMPTY_FUNCTIONS}
     new_empty = torch.Tensor.new_empty
 
