@@ -17,7 +17,7 @@ class Report:
             shapes.
         inner: the backend that compiled the rewritten graph.
         impl: implementation of the sparse attention asked for.
-        choices: what "auto" measured so far in this process, and chose, one line per kind of call.
+        choices: what "auto" chose so far in this process, and why: one line per kind of call.
         outside: why the model runs without a compiler; empty if it is compiled.
     """
 

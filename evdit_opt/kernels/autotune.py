@@ -24,7 +24,7 @@ from torch._appdirs import user_cache_dir
 
 from evdit_opt.versions import installed_versions
 
-__all__ = ["Choice", "cache_folder", "choices", "choose", "remembered"]
+__all__ = ["Choice", "cache_folder", "choices", "choose", "remembered", "ruled"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Choice:
 
     Attributes:
         name: the candidate that was fastest, or the first of those as fast as it.
-        milliseconds: best time of every candidate that could run.
+        milliseconds: best time of every candidate that could run; none where a rule decided.
         key: the kind of call.
     """
 
@@ -60,15 +60,23 @@ class Choice:
         """One line for people."""
         times = sorted(self.milliseconds.items(), key=lambda item: item[1])
         kind = ", ".join(f"{name} {value}" for name, value in self.key)
-        return f"{self.name} ({', '.join(f'{n} {ms:.3g} ms' for n, ms in times)}) for {kind}"
+        why = ", ".join(f"{name} {ms:.3g} ms" for name, ms in times) or "not measured"
+        return f"{self.name} ({why}) for {kind}"
 
 
 _choices: dict[Key, Choice] = {}
 
 
 def choices() -> tuple[Choice, ...]:
-    """What this process has chosen so far, or found on disk."""
+    """What this process has chosen so far, by measuring or by a rule, or found on disk."""
     return tuple(_choices.values())
+
+
+def ruled(name: str, key: Key) -> None:
+    """Tell, once, what a rule decides without measuring."""
+    if key not in _choices:
+        _choices[key] = Choice(name=name, milliseconds={}, key=key)
+        logger.debug("chose %s", _choices[key].describe())
 
 
 def remembered(key: Key, names: tuple[str, ...]) -> Choice | None:

@@ -80,6 +80,15 @@ def resolve(impl: str, device: torch.device, seq_len: int) -> str:
     return impl
 
 
+def _resolve_aloud(impl: str, device: torch.device, seq_len: int) -> str:
+    """:func:`resolve`; what "auto" takes by a rule is told, as what it measures is."""
+    resolved = resolve(impl, device, seq_len)
+    if impl == "auto" != resolved:
+        low, high = (0, TINY_SEQ) if seq_len <= TINY_SEQ else (SHORT_SEQ + 1, "any")
+        autotune.ruled(resolved, (("device", device.type), ("tokens", f"{low} to {high}")))
+    return resolved
+
+
 def decide(
     impl: str,
     q: Tensor,
@@ -101,7 +110,7 @@ def decide(
     Returns:
         One of ``IMPLEMENTATIONS``, never "static" or "auto".
     """
-    impl = resolve(impl, q.device, geometry.seq_len)
+    impl = _resolve_aloud(impl, q.device, geometry.seq_len)
     if impl != "auto":
         return impl
     q, k, v = map(_random_like, (q, k, v))
@@ -147,7 +156,7 @@ def choose(impl: str, arguments: Arguments, attend: Callable[[str], object] | No
         One of ``IMPLEMENTATIONS``, never "static" or "auto".
     """
     q, geometry = arguments[0], arguments[6]
-    impl = resolve(impl, q.device, geometry.seq_len)
+    impl = _resolve_aloud(impl, q.device, geometry.seq_len)
     if impl != "auto":
         return impl
     names = _candidates(q, geometry)
@@ -191,7 +200,7 @@ def backward(
             return triton_backward.backward(grad_out, q, k, v, out, lse, *arguments[3:])
         return decomposed_backward.backward(grad_out, q, k, v, out, lse, *arguments[3:])
 
-    impl = resolve(impl, q.device, geometry.seq_len)
+    impl = _resolve_aloud(impl, q.device, geometry.seq_len)
     if impl == "auto":
         names = tuple(name for name in _candidates(q, geometry) if name != "masked")
         impl = _fastest("backward", arguments, names, gradients)

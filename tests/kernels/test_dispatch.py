@@ -100,7 +100,24 @@ def test_tiny_and_long_sequences_are_not_measured(measuring: list[str]) -> None:
     long = TokenLayout(VideoGrid(5, 500, 1))
     tile_attention(*inputs(long), MASK, long)
     assert measuring == ["masked", "decomposed"]
-    assert autotune.choices() == ()
+    assert all(choice.milliseconds == {} for choice in autotune.choices())
+
+
+def test_what_a_rule_decides_is_told_once(
+    measuring: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", logger="evdit_opt")
+    for _ in range(2):
+        for tokens in (4, 500):
+            layout = TokenLayout(VideoGrid(5, tokens, 1))
+            tile_attention(*inputs(layout), MASK, layout, return_lse=True)
+            tile_attention(*inputs(layout), MASK, layout, impl="decomposed")
+    told = [
+        "masked (not measured) for device cpu, tokens 0 to 128",
+        "decomposed (not measured) for device cpu, tokens 1025 to any",
+    ]
+    assert [choice.describe() for choice in autotune.choices()] == told
+    assert [record.getMessage() for record in caplog.records] == [f"chose {x}" for x in told]
 
 
 def test_static_never_measures(measuring: list[str]) -> None:
