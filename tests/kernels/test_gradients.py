@@ -10,6 +10,8 @@ from evdit_opt.masks import Rule
 from tests.kernels.oracle import Case, cases, oracle, strided
 from tests.tolerance import assert_close_to_fp64
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 
 @pytest.mark.parametrize("impl", ["reference", "decomposed"])
 @pytest.mark.parametrize("rule", [Rule(1), Rule(1, 1, "balanced"), Rule(0, 1)], ids=Rule.describe)
@@ -34,7 +36,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 @given(cases(DTYPES, max_tokens=600, head_dims=(16, 24, 64)))
-@settings(max_examples=25)
+@settings(max_examples=100)
 def test_gradients_are_exact(case: Case) -> None:
     check(case)
 
