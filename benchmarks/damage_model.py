@@ -18,8 +18,8 @@ import torch
 
 from evdit_opt.calibrate.draft import Drafter
 from evdit_opt.calibrate.prices import kept_pairs
+from evdit_opt.calibrate.problem import Found, Problem, site_options
 from evdit_opt.calibrate.record import record
-from evdit_opt.calibrate.reuse_search import Found, Problem, site_options
 from evdit_opt.calibrate.stage import staged
 from evdit_opt.calibrate.survey import survey_attention
 from evdit_opt.config import Config

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evdit_opt.calibrate.reuse_search import Found
+from evdit_opt.calibrate.problem import Found
 from evdit_opt.calibrate.search import Choice, Errors
 from evdit_opt.calibrate.site_record import CandidateError
 from evdit_opt.calibrate.steps import TIMESTEP

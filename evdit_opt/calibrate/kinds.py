@@ -10,10 +10,9 @@ from functools import partial
 from evdit_opt.calibrate.damage import damage_of
 from evdit_opt.calibrate.draft import Drafter
 from evdit_opt.calibrate.prices import Prices
+from evdit_opt.calibrate.problem import Found, Problem
 from evdit_opt.calibrate.record import Recording
 from evdit_opt.calibrate.reuse_search import (
-    Found,
-    Problem,
     cheapest_within,
     evenly,
     search,

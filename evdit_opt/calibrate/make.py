@@ -16,9 +16,9 @@ from evdit_opt.calibrate.draft import Drafter
 from evdit_opt.calibrate.kept import Kept, purpose
 from evdit_opt.calibrate.kinds import Drafted, Kind, Planner
 from evdit_opt.calibrate.prices import Prices, kept_pairs
+from evdit_opt.calibrate.problem import Problem
 from evdit_opt.calibrate.record import Recording, record
 from evdit_opt.calibrate.refine import refined
-from evdit_opt.calibrate.reuse_search import Problem
 from evdit_opt.calibrate.stage import Stage, staged
 from evdit_opt.calibrate.survey import survey_attention
 from evdit_opt.calibrate.trial import compare_runs, mean_error, run_with_plan, try_plan

@@ -9,7 +9,8 @@ rank well, and tries other rules on groups of neighbouring sites.
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from evdit_opt.calibrate.reuse_search import Found, Problem, evenly, with_rule
+from evdit_opt.calibrate.problem import Found, Problem
+from evdit_opt.calibrate.reuse_search import evenly, with_rule
 
 __all__ = ["refined"]
 

@@ -9,27 +9,19 @@ every number of refreshes.
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from evdit_opt.calibrate.damage import damage_of
 from evdit_opt.calibrate.knapsack import within_budget
-from evdit_opt.calibrate.prices import Prices
+from evdit_opt.calibrate.problem import Found, Option, Problem, reusing_places, site_options
 from evdit_opt.calibrate.schedule import best_refreshes
-from evdit_opt.calibrate.site_record import CandidateError, ReuseError
 from evdit_opt.masks import Rule
 
 __all__ = [
-    "Found",
-    "Option",
-    "Problem",
     "cheapest_within",
     "evenly",
     "search",
-    "site_options",
     "with_rule",
 ]
 
@@ -41,81 +33,6 @@ SMALLER = 1 - 1e-9
 
 REPAIRED = 3
 """Plans whose schedule is improved further."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """What a site may do.
-
-    Attributes:
-        rule: its rule; None: it stays dense.
-        reuses: whether it reuses its residual.
-        damage: predicted, over a whole run.
-        cost: price, summed over the steps of a run from the first refresh on.
-        error: root mean square over the run of the relative error of the site's output.
-    """
-
-    rule: Rule | None
-    reuses: bool
-    damage: float
-    cost: float
-    error: float
-
-
-@dataclass(frozen=True)
-class Found:
-    """A choice for every site.
-
-    Attributes:
-        options: per site.
-        refreshes: steps that refresh, ascending; steps before the first are dense.
-        damage: predicted.
-        price: mean over sites and steps.
-    """
-
-    options: Mapping[str, Option]
-    refreshes: tuple[int, ...]
-    damage: float
-    price: float
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What calibration knows when it searches.
-
-    Attributes:
-        errors: per site, of the rules that are applied in every step.
-        reuse: per site, of the rules that reuse; empty where that is impossible.
-        levels: noise levels of the steps, descending.
-        prices: what everything costs.
-        max_reusing: sites whose residuals fit the memory budget.
-        max_rules: different rules a plan may hold.
-    """
-
-    errors: Mapping[str, Sequence[CandidateError]]
-    reuse: Mapping[str, Sequence[ReuseError]]
-    levels: Sequence[float]
-    prices: Prices
-    max_reusing: int
-    max_rules: int = 6
-
-    @cached_property
-    def drift(self) -> Mapping[str, Tensor]:
-        """Damage of step t with the residual of step s, per site ``[rules, steps, steps]``."""
-        return {
-            site: torch.stack(
-                [damage_of(o.output.clamp_min(0.0), o.temporal.clamp_min(0.0)) for o in own]
-            )
-            for site, own in self.reuse.items()
-            if own
-        }
-
-    @cached_property
-    def squares(self) -> Mapping[str, Tensor]:
-        """Squared relative error of the output, in the same way."""
-        return {
-            site: torch.stack([o.output for o in own]) for site, own in self.reuse.items() if own
-        }
 
 
 Pick = Callable[[Mapping[str, Sequence[Option]]], dict[str, Option] | None]
@@ -287,44 +204,15 @@ def _choose(problem: Problem, schedule: tuple[int, ...], pick: Pick) -> dict[str
     return choice
 
 
-def site_options(problem: Problem, site: str, schedule: tuple[int, ...]) -> list[Option]:
-    """Everything a site may do under a schedule; to stay dense comes first."""
-    steps, lead = len(problem.levels), schedule[0]
-    span = steps - lead
-    dense, prices = problem.prices.dense[site], problem.prices.rules[site]
-    options = [Option(None, False, 0.0, dense * span, 0.0)]
-    for own in problem.errors[site]:
-        damage = span * damage_of(own.output**2, own.temporal**2)
-        options.append(Option(own.rule, False, damage, prices[own.rule].sparse * span, own.output))
-    stretches = zip(schedule, (*schedule[1:], steps), strict=True)
-    pairs = [(start, step) for start, stop in stretches for step in range(start + 1, stop)]
-    latest, at = [start for start, _ in pairs], [step for _, step in pairs]
-    if problem.reuse[site]:
-        damages = problem.drift[site][:, latest, at].sum(1).tolist()
-        errors = (
-            (problem.squares[site][:, latest, at].sum(1) / steps).clamp_min(0.0).sqrt().tolist()
-        )
-        for reused, damage, error in zip(problem.reuse[site], damages, errors, strict=True):
-            price = prices[reused.rule]
-            cost = price.reused * len(at) + price.refresh * len(schedule)
-            options.append(Option(reused.rule, True, damage, cost, error))
-    return options
-
-
 def _mean_drift(problem: Problem) -> Tensor:
-    """Damage of step t with the residuals of step s, mean over rules, summed over sites."""
-    return torch.stack([own.mean(0) for own in problem.drift.values()]).sum(0)
+    """Damage of step t with the residuals of steps b and s, all rules alike, summed over sites."""
+    return torch.stack([problem.damage_under(site, None) for site in problem.drift]).sum(0)
 
 
 def _total(problem: Problem, choice: Mapping[str, Option]) -> Tensor:
-    """Damage of step t with the residuals of step s, summed over all sites that reuse."""
-    reusing = [(site, option.rule) for site, option in choice.items() if option.reuses]
-    places = {
-        site: [own.rule for own in problem.reuse[site]].index(rule)
-        for site, rule in reusing
-        if rule
-    }
-    return torch.stack([problem.drift[site][place] for site, place in places.items()]).sum(0)
+    """Damage of step t with the residuals of steps b and s, summed over all sites that reuse."""
+    under = [problem.damage_under(site, place) for site, place in reusing_places(problem, choice)]
+    return torch.stack(under).sum(0)
 
 
 def _within_threshold(

@@ -1,8 +1,9 @@
 """When to renew residuals: the steps that keep the damage smallest, exactly.
 
 A run is cut into dense steps at first, then segments, each a refresh and the steps that reuse its
-residual. The damage of a segment is the sum over its steps, so the best cut for every number of
-refreshes follows by dynamic programming.
+residual. The damage of a segment is the sum over its steps, and depends on where it and the segment
+before began, so the best cut for every number of refreshes follows by dynamic programming over the
+last two refreshes.
 """
 
 import torch
@@ -15,7 +16,8 @@ def best_refreshes(damage: Tensor, refreshes: int, lead: int = 0) -> tuple[tuple
     """The best steps to refresh at.
 
     Args:
-        damage: ``[steps, steps]``: of step t (column) with the residual of step s (row), s < t.
+        damage: ``[steps, steps, steps]``: at [b, s, t], of step t with the residuals of step s and
+            of the refresh b before it, b < s < t; at [s, s, t], if s is the first refresh.
         refreshes: how many, 1 to ``steps - lead``.
         lead: dense steps before the first refresh, which do no damage.
 
@@ -23,19 +25,24 @@ def best_refreshes(damage: Tensor, refreshes: int, lead: int = 0) -> tuple[tuple
         The steps, ascending, ``lead`` first, and the damage of the run.
     """
     steps = damage.shape[0]
-    # segment[s, e]: a refresh at s whose residual serves all steps before e.
-    upper = damage.double().triu(1)
-    segment = torch.cat([torch.zeros(steps, 1, dtype=torch.float64), upper.cumsum(1)], 1)
-    best = torch.full((refreshes + 1, steps + 1), torch.inf, dtype=torch.float64)
-    came = torch.zeros(refreshes + 1, steps + 1, dtype=torch.long)
-    best[0, lead] = 0.0
-    for count in range(1, refreshes + 1):
-        for end in range(lead + count, steps + 1):
-            totals = best[count - 1, :end] + segment[:end, end]
-            came[count, end] = int(totals.argmin())
-            best[count, end] = totals.min()
-    chosen, end = [], steps
-    for count in range(refreshes, 0, -1):
-        end = int(came[count, end])
-        chosen.append(end)
-    return tuple(reversed(chosen)), float(best[refreshes, steps])
+    # segment[b, s, e]: a refresh at s whose residual serves all steps before e.
+    summed = damage.double().triu(1).cumsum(2)
+    segment = torch.cat([torch.zeros(steps, steps, 1, dtype=torch.float64), summed], 2)
+    never = torch.ones(steps, steps + 1, dtype=torch.bool).tril()  # no segment ends where it begins
+    segment = segment.masked_fill(never, torch.inf)
+    # best[b, s]: the least damage before s, where the last two refreshes are b and s.
+    best = torch.full((steps, steps), torch.inf, dtype=torch.float64)
+    best[lead, lead] = 0.0
+    came = []
+    for _ in range(refreshes - 1):
+        totals, before = (best.unsqueeze(2) + segment[:, :, :steps]).min(0)
+        came.append(before)
+        best = totals
+    totals = best + segment[:, :, steps]
+    last = int(totals.argmin())
+    b, s = divmod(last, steps)
+    chosen = [s]
+    for before in reversed(came):
+        chosen.append(b)
+        b, s = int(before[b, s]), b
+    return tuple(reversed(chosen)), float(totals.min())

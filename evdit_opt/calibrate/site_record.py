@@ -53,14 +53,17 @@ class ReuseError:
         rule: the candidate.
         density: as in :class:`CandidateError`.
         output: ``[steps, steps]``, float64: the squared relative error in step t (column) with the
-            residual of step s (row); defined for s <= t.
+            residual of step s (row); relative to the dense output of step t.
         temporal: the same for the change from frame to frame.
+        scales: ``[2, steps]``, float64: the squared norms of the dense output and of its change,
+            by step, which ``output`` and ``temporal`` are relative to.
     """
 
     rule: Rule
     density: float
     output: Tensor
     temporal: Tensor
+    scales: Tensor
 
 
 class SiteRecord:
@@ -178,8 +181,9 @@ class SiteRecord:
         if self._drift is None or self._drift_scale is None or not self.once_a_step:
             return ()
         relative = self._drift / self._drift_scale.clamp_min(1e-300)
+        scales = self._drift_scale[:, 0, 0]
         return tuple(
-            ReuseError(rule, rule.density(self.layout), relative[0, row], relative[1, row])
+            ReuseError(rule, rule.density(self.layout), relative[0, row], relative[1, row], scales)
             for row, rule in enumerate(self.reused)
         )
 

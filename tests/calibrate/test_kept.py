@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +140,7 @@ def test_a_record_goes_on_bit_for_bit() -> None:
     pairs = list(zip(resumed.reuse_errors(), straight.reuse_errors(), strict=True))
     assert len(pairs) == 2
     for a, b in pairs:
-        assert replace(a, output=0, temporal=0) == replace(b, output=0, temporal=0)
+        assert (a.rule, a.density) == (b.rule, b.density)
         assert torch.equal(a.output, b.output)
         assert torch.equal(a.temporal, b.temporal)
+        assert torch.equal(a.scales, b.scales)

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evdit_opt.calibrate.problem import Found
 from evdit_opt.calibrate.refine import GROUPS, SWEEPS, refined
-from evdit_opt.calibrate.reuse_search import Found, evenly
+from evdit_opt.calibrate.reuse_search import evenly
 from evdit_opt.masks import CACHED
 from tests.calibrate.test_reuse_search import OWN, problem
 

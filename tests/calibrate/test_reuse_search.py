@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from evdit_opt.calibrate.damage import damage_of
 from evdit_opt.calibrate.prices import kept_pairs
+from evdit_opt.calibrate.problem import Problem
 from evdit_opt.calibrate.reuse_search import (
-    Problem,
     cheapest_within,
     evenly,
     search,
@@ -35,9 +35,10 @@ def problem(sites: int, steps: int, seed: int, **limits: int) -> Problem:
             CandidateError(ONE, 0.19, 0.5 * own, own),
             CandidateError(TWO, 0.36, 0.3 * own, 0.6 * own),
         )
+        ones = torch.ones(2, steps, dtype=torch.float64)
         reuse[name] = (
-            ReuseError(CACHED, 0.0, drift, 2 * drift),
-            ReuseError(OWN, 0.1, 0.4 * drift, 0.7 * drift),
+            ReuseError(CACHED, 0.0, drift, 2 * drift, ones),
+            ReuseError(OWN, 0.1, 0.4 * drift, 0.7 * drift, ones),
         )
     levels = tuple(float(level) for level in torch.linspace(1000, 100, steps))
     defaults = {"max_reusing": sites, "max_rules": 6}

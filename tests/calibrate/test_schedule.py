@@ -10,12 +10,12 @@ from evdit_opt.calibrate.schedule import best_refreshes
 
 
 def run_damage(damage: torch.Tensor, refreshes: tuple[int, ...]) -> float:
-    total, latest = 0.0, None
+    total, before, latest = 0.0, None, None
     for step in range(damage.shape[0]):
         if step in refreshes:
-            latest = step
+            before, latest = (step if latest is None else latest), step
         elif latest is not None:
-            total += float(damage[latest, step])
+            total += float(damage[before, latest, step])
     return total
 
 
@@ -23,7 +23,7 @@ def run_damage(damage: torch.Tensor, refreshes: tuple[int, ...]) -> float:
 def test_it_is_the_best_of_all(steps, refreshes, lead, seed):
     lead = min(lead, steps - 1)
     refreshes = min(refreshes, steps - lead)
-    damage = torch.rand(steps, steps, generator=torch.Generator().manual_seed(seed)).double()
+    damage = torch.rand(steps, steps, steps, generator=torch.Generator().manual_seed(seed)).double()
     chosen, total = best_refreshes(damage, refreshes, lead)
     every = [(lead, *rest) for rest in combinations(range(lead + 1, steps), refreshes - 1)]
     assert chosen in every
@@ -35,4 +35,4 @@ def test_it_is_the_best_of_all(steps, refreshes, lead, seed):
 def test_refreshes_gather_where_residuals_turn_over_faster():
     position = torch.tensor([0.0, 3.0, 6.0, 9.0, 9.1, 9.2, 9.3, 9.4])
     damage = (position[None] - position[:, None]).square()
-    assert best_refreshes(damage, 4)[0] == (0, 1, 2, 3)
+    assert best_refreshes(damage.expand(8, 8, 8), 4)[0] == (0, 1, 2, 3)
