@@ -75,6 +75,9 @@ class Config:
         reuse_memory: GiB that the residuals of one run (all sites and guidance branches) may take
             on the model's device; None: a quarter of its memory. 0: as ``reuse=False``. Runs that
             interleave, or whose conditioning is kept alive, hold theirs besides, up to four.
+        reuse_trend: whether residuals may be carried on the way they were going between the last
+            two refreshes. Closer to the dense clip at the same density; takes twice the memory, and
+            is used where that lets all sites reuse.
         trial_prompts: how many calibration prompts (or calls) every candidate plan is run on, end
             to end, to choose between weightings and between searched and uniform masks.
         verify_prompts: how many of the given prompts (the last ones) are kept from the search, to
@@ -111,6 +114,7 @@ class Config:
     calib_steps: int = 8
     reuse: bool = True
     reuse_memory: float | None = None
+    reuse_trend: bool = True
     trial_prompts: int = 2
     verify_prompts: int = 2
     seed: int = 0
@@ -159,7 +163,7 @@ class Config:
             raise CalibrationError(problem)
         if not isinstance(self.grid, (VideoGrid, NoneType)):
             raise _wrong("grid", "a VideoGrid", self.grid)
-        for name in ("progress", "reuse"):
+        for name in ("progress", "reuse", "reuse_trend"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, "True or False", getattr(self, name))
         if not isinstance(self.pipe_kwargs, Mapping):

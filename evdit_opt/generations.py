@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -42,6 +43,10 @@ class Generation:
         due: how many refresh levels lie at or above the running step.
         refreshed: the same for the latest step that ran to its end; 0: not refreshed yet.
         residuals: by site, like the output of its attention.
+        slopes: by site, the change of the residual from one refresh to the next; none before the
+            second, or if nothing is carried on.
+        ahead: how much of the slopes the residuals hold by now.
+        refreshed_at: noise levels of the last two refreshes that ran to their end.
     """
 
     level: float
@@ -51,6 +56,9 @@ class Generation:
     due: int = 0
     refreshed: int = 0
     residuals: dict[str, Tensor] = field(default_factory=dict)
+    slopes: dict[str, Tensor] = field(default_factory=dict)
+    ahead: float = 0.0
+    refreshed_at: tuple[float, ...] = ()
 
     @property
     def is_over(self) -> bool:
@@ -64,9 +72,39 @@ class Generation:
             return "dense"
         return "refresh" if self.due > self.refreshed else "reuse"
 
+    def begin_step(self, record: ReuseRecord) -> None:
+        """Before the model runs: carry the residuals on, or take back what was added to them.
+
+        That is a pass over memory beside the graph, which thus never sees but one residual.
+        """
+        if not record.trend or not self.refreshed_at:
+            return
+        if self.mode == "reuse" and self.slopes:
+            ahead = record.ahead(self.level, self.refreshed_at)
+            self._add_slopes(ahead - self.ahead)
+            self.ahead = ahead
+        elif self.mode == "refresh":
+            self._add_slopes(-self.ahead)
+            self.ahead = 0.0
+            # What they were: end_step makes slopes of it.
+            self.slopes = {name: x.detach().clone() for name, x in self.residuals.items()}
+
+    @torch.no_grad()
+    def _add_slopes(self, share: float) -> None:
+        if self.slopes and share:
+            kept = [self.residuals[name] for name in self.slopes]
+            torch._foreach_add_(kept, list(self.slopes.values()), alpha=share)
+
     def end_step(self, finished: bool) -> None:
         """The step ran to its end, or broke off: a refresh may then have written some residuals."""
-        self.refreshed = self.due if finished else 0
+        if not finished:
+            self.refreshed, self.refreshed_at, self.slopes, self.ahead = 0, (), {}, 0.0
+            return
+        if self.mode == "refresh":
+            for name, was in self.slopes.items():
+                was.neg_().add_(self.residuals[name].detach())
+            self.refreshed_at = (*self.refreshed_at[-1:], self.level)
+        self.refreshed = self.due
 
 
 class Generations:
@@ -95,7 +133,9 @@ class Generations:
         """
         level = noise_level(arguments, self._timestep)
         generation = self._find(arguments, level)
-        generation.due = 0 if self._record is None else self._record.due(level)
+        if self._record is not None:
+            generation.due = self._record.due(level)
+            generation.begin_step(self._record)
         return generation
 
     def __len__(self) -> int:

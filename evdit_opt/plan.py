@@ -27,6 +27,7 @@ from evdit_opt.plan_records import (
     SiteLayout,
     SitePlan,
     SpeedRecord,
+    TrendPoint,
     TrialRecord,
     require_int,
     require_text,
@@ -43,6 +44,7 @@ __all__ = [
     "SiteLayout",
     "SitePlan",
     "SpeedRecord",
+    "TrendPoint",
     "TrialRecord",
 ]
 

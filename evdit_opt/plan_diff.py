@@ -59,6 +59,8 @@ def _whole(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "timestep", "none" if reuse is None else reuse.timestep
     levels = [] if reuse is None else [f"{level!r}" for level in reuse.refresh_at]
     yield "refresh levels", ", ".join(levels) or "none"
+    trend = [] if reuse is None else [f"{p.damping!r} at {p.level!r}" for p in reuse.trend]
+    yield "trend", ", ".join(trend) or "none"
 
 
 def _site(plan: Plan, site: SitePlan) -> Iterator[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """The records a plan is made of. Each refuses values outside its range with a ``PlanError``."""
 
+import bisect
 import itertools
 import math
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ __all__ = [
     "SiteLayout",
     "SitePlan",
     "SpeedRecord",
+    "TrendPoint",
     "TrialRecord",
     "require_int",
     "require_number",
@@ -28,6 +30,7 @@ __all__ = [
 
 MAX_TOKENS = 2**31 - 1
 MAX_REFRESHES = 10_000
+MAX_DAMPING = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +112,24 @@ class SitePlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TrendPoint:
+    """How far residuals are carried on at one noise level.
+
+    Attributes:
+        level: noise level, in units of the model's timestep argument.
+        damping: share of the way that they would go on a straight line through the last two
+            refreshes, by noise level; 0: they stay as they were.
+    """
+
+    level: float
+    damping: float
+
+    def __post_init__(self) -> None:
+        require_number("level", self.level, 0.0)
+        require_number("damping", self.damping, 0.0, MAX_DAMPING)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ReuseRecord:
     """Which sites carry what their mask drops from step to step, and when they renew it.
 
@@ -119,12 +140,15 @@ class ReuseRecord:
             each of them is a refresh; steps above the first are dense.
         levels: noise levels of all steps of the run that this was found for, descending; empty if
             not known.
+        trend: how residuals are carried on the way they were going, by noise level, descending;
+            interpolated in between. Empty: they stay as they were at the last refresh.
     """
 
     sites: tuple[str, ...]
     timestep: str
     refresh_at: tuple[float, ...]
     levels: tuple[float, ...] = field(default=(), metadata={OPTIONAL: True})
+    trend: tuple[TrendPoint, ...] = field(default=(), metadata={OPTIONAL: True})
 
     def __post_init__(self) -> None:
         require_text("timestep", self.timestep, 100)
@@ -136,11 +160,13 @@ class ReuseRecord:
             )
         for level in self.refresh_at:
             require_number("refresh_at", level, 0.0)
-        if len(self.levels) > MAX_REFRESHES:
-            raise PlanError(f"expected at most {MAX_REFRESHES} levels, got {len(self.levels)}")
+        trend = tuple(point.level for point in self.trend)
+        for levels in (self.levels, trend):
+            if len(levels) > MAX_REFRESHES:
+                raise PlanError(f"expected at most {MAX_REFRESHES} levels, got {len(levels)}")
         for level in self.levels:
             require_number("levels", level, 0.0)
-        for levels in (self.refresh_at, self.levels):
+        for levels in (self.refresh_at, self.levels, trend):
             if any(a <= b for a, b in itertools.pairwise(levels)):
                 raise PlanError("expected noise levels in descending order, each once")
         if len(set(self.sites)) != len(self.sites) or not 1 <= len(self.sites) <= MAX_REFRESHES:
@@ -157,6 +183,27 @@ class ReuseRecord:
             "dense" if now == 0 else "refresh" if now > before else "reuse"
             for before, now in itertools.pairwise(due)
         )
+
+    def ahead(self, level: float, refreshed: Sequence[float]) -> float:
+        """How much of the last change of residuals to add to them.
+
+        Args:
+            level: noise level of the step.
+            refreshed: those of the last refreshes, the latest one last.
+        """
+        if not self.trend or len(refreshed) < 2:
+            return 0.0
+        before, since = refreshed[-2:]
+        return self._damping(level) * (since - level) / (before - since)
+
+    def _damping(self, level: float) -> float:
+        points = self.trend
+        place = bisect.bisect(points, -level, key=lambda point: -point.level)
+        left, right = points[max(0, place - 1)], points[min(place, len(points) - 1)]
+        if left.level == right.level:
+            return left.damping
+        share = (left.level - level) / (left.level - right.level)
+        return left.damping + share * (right.damping - left.damping)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

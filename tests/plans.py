@@ -13,6 +13,7 @@ from evdit_opt.plan import (
     SiteLayout,
     SitePlan,
     SpeedRecord,
+    TrendPoint,
     TrialRecord,
 )
 from evdit_opt.quality import Measured, QualityReport
@@ -55,7 +56,10 @@ PLAN = Plan(
         held_out_error=0.11,
     ),
     reuse=ReuseRecord(
-        sites=("blocks.0.attn1",), timestep="timestep", refresh_at=(1000.0, 800.5, 20.0)
+        sites=("blocks.0.attn1",),
+        timestep="timestep",
+        refresh_at=(1000.0, 800.5, 20.0),
+        trend=(TrendPoint(level=700.0, damping=0.9), TrendPoint(level=15.5, damping=0.4)),
     ),
     quality=QualityReport(
         clips=2,

@@ -20,6 +20,7 @@ from evdit_opt.plan import (
     RuleEvidence,
     SiteLayout,
     SitePlan,
+    TrendPoint,
 )
 from evdit_opt.versions import installed_versions
 
@@ -56,7 +57,13 @@ class Drafter:
             threshold,
         )
 
-    def draft_reuse(self, found: Found, errors: Errors, levels: Sequence[float]) -> Plan:
+    def draft_reuse(
+        self,
+        found: Found,
+        errors: Errors,
+        levels: Sequence[float],
+        trend: Sequence[TrendPoint] = (),
+    ) -> Plan:
         """A plan that reuses residuals, at the grid and for runs with the noise ``levels``."""
         between = len(levels) - found.refreshes[0] - len(found.refreshes)
         sites = []
@@ -73,6 +80,7 @@ class Drafter:
             timestep=TIMESTEP,
             refresh_at=tuple(levels[step] for step in found.refreshes),
             levels=tuple(levels),
+            trend=tuple(trend),
         )
         return self._plan(sites, self.config.threshold, reuse)
 

@@ -10,7 +10,7 @@ from functools import partial
 from evdit_opt.calibrate.damage import damage_of
 from evdit_opt.calibrate.draft import Drafter
 from evdit_opt.calibrate.prices import Prices
-from evdit_opt.calibrate.problem import Found, Problem
+from evdit_opt.calibrate.problem import Found, Problem, trend_of
 from evdit_opt.calibrate.record import Recording
 from evdit_opt.calibrate.reuse_search import (
     cheapest_within,
@@ -155,7 +155,9 @@ class Planner:
 
     def drafted(self, found: Found) -> Drafted:
         """What the search of plans that reuse has found, as a plan."""
-        plan = self.drafter.draft_reuse(found, self.recording.errors, self.recording.levels)
+        errors, levels = self.recording.errors, self.recording.levels
+        trend = trend_of(self.problem, found)
+        plan = self.drafter.draft_reuse(found, errors, levels, trend)
         return Drafted(plan, found.damage, found.price)
 
     def _damage(self, choice: Choice) -> float:

@@ -121,21 +121,26 @@ def make_problem(
     recording: Recording, prices: Prices, config: Config, model: torch.nn.Module
 ) -> Problem:
     """What the search of plans that reuse has to know."""
-    limit = 0
+    limit, trend = 0, False
     if any(recording.reuse.values()):
         one = recording.branches * max(recording.residual_bytes.values())
         limit = int(_memory(config, model) // one)
+        # Slopes take as much again: worth it where all sites may still reuse.
+        trend = config.reuse_trend and limit >= 2 * len(recording.errors)
         logger.info(
-            "residuals take %.3f GiB a site (%d guidance branches): up to %d of %d sites may reuse",
-            one / GIB, recording.branches, limit, len(recording.errors),
+            "residuals take %.3f GiB a site (%d guidance branches), %s: up to %d of %d sites may "
+            "reuse", (1 + trend) * one / GIB, recording.branches,
+            "with their trend" if trend else "without a trend", limit // (1 + trend),
+            len(recording.errors),
         )  # fmt: skip
     return Problem(
         errors=recording.errors,
         reuse=recording.reuse,
         levels=recording.levels,
         prices=prices,
-        max_reusing=limit,
+        max_reusing=limit // (1 + trend),
         max_rules=config.max_distinct_rules,
+        trend=trend,
     )
 
 

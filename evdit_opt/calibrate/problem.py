@@ -13,8 +13,9 @@ from evdit_opt.calibrate.prices import Prices
 from evdit_opt.calibrate.site_record import CandidateError, ReuseError
 from evdit_opt.calibrate.trend import Drift, drift_of, fit_ahead
 from evdit_opt.masks import Rule
+from evdit_opt.plan_records import MAX_DAMPING, TrendPoint
 
-__all__ = ["Found", "Option", "Problem", "ahead_of", "reusing_places", "site_options"]
+__all__ = ["Found", "Option", "Problem", "reusing_places", "site_options", "trend_of"]
 
 
 @dataclass(frozen=True)
@@ -147,27 +148,31 @@ def site_options(problem: Problem, site: str, schedule: tuple[int, ...]) -> list
     return options
 
 
-def ahead_of(problem: Problem, found: Found) -> tuple[float, ...]:
-    """How far ahead every step of a plan looks, fitted to its sites, rules and schedule.
+def trend_of(problem: Problem, found: Found) -> tuple[TrendPoint, ...]:
+    """How far residuals are carried on, fitted to a plan's sites, rules and schedule.
 
     Returns:
-        A number for every step, 0 where nothing is carried on; none if the problem has no trend.
+        A point for every step that reuses and has two refreshes before it; none if the problem has
+        no trend.
     """
     if not problem.trend:
         return ()
     before, since, at = _pairs(found.refreshes, len(problem.levels))
-    drifts = [
-        problem.drift[site].only([place]) for site, place in reusing_places(problem, found.options)
-    ]
-    fitted = fit_ahead(drifts, before, since, at)
-    steps = dict(zip(at.tolist(), fitted.tolist(), strict=True))
-    return tuple(steps.get(step, 0.0) for step in range(len(problem.levels)))
+    drifts = [problem.drift[site].only([place]) for site, place in reusing_places(problem, found)]
+    fitted = fit_ahead(drifts, before, since, at).tolist()
+    points = []
+    for b, s, t, ahead in zip(before.tolist(), since.tolist(), at.tolist(), fitted, strict=True):
+        if b < s:
+            then, last, now = (problem.levels[step] for step in (b, s, t))
+            damping = min(ahead * (then - last) / (last - now), MAX_DAMPING)
+            points.append(TrendPoint(level=now, damping=damping))
+    return tuple(points)
 
 
-def reusing_places(problem: Problem, choice: Mapping[str, Option]) -> list[tuple[str, int]]:
+def reusing_places(problem: Problem, found: Found) -> list[tuple[str, int]]:
     """The sites that reuse, with the places of their rules among those recorded."""
     return [
         (site, [own.rule for own in problem.reuse[site]].index(option.rule))
-        for site, option in choice.items()
+        for site, option in found.options.items()
         if option.reuses and option.rule is not None
     ]

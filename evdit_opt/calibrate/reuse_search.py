@@ -151,7 +151,7 @@ def _alternate(problem: Problem, refreshes: int, lead: int, pick: Pick) -> Found
             if found is None or (latest is not None and found.damage >= latest.damage * SMALLER):
                 break
             latest = found
-            schedule, _ = best_refreshes(_total(problem, found.options), refreshes, lead)
+            schedule, _ = best_refreshes(_total(problem, found), refreshes, lead)
         if latest is not None and (best is None or latest.damage < best.damage):
             best = latest
     return best
@@ -209,9 +209,9 @@ def _mean_drift(problem: Problem) -> Tensor:
     return torch.stack([problem.damage_under(site, None) for site in problem.drift]).sum(0)
 
 
-def _total(problem: Problem, choice: Mapping[str, Option]) -> Tensor:
+def _total(problem: Problem, found: Found) -> Tensor:
     """Damage of step t with the residuals of steps b and s, summed over all sites that reuse."""
-    under = [problem.damage_under(site, place) for site, place in reusing_places(problem, choice)]
+    under = [problem.damage_under(site, place) for site, place in reusing_places(problem, found)]
     return torch.stack(under).sum(0)
 
 

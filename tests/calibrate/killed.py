@@ -20,7 +20,7 @@ from torch import nn
 from evdit_opt.calibrate.kept import remove_kept
 from evdit_opt.calibrate.make import make_plan
 from evdit_opt.config import Config
-from tests.test_reuse import LEVELS, timed_toy
+from tests.models.timed_toy import LEVELS, timed_toy
 
 CONFIG = Config(
     density=0.6, calib_steps=6, references=(1, 2), windows=(0,), trial_prompts=2, verify_prompts=1,
