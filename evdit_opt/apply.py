@@ -39,6 +39,7 @@ class Applied(RootMark):
     previous_call: Callable[..., Any] | None = None
     compiled: dict[str, SiteOutcome] = field(default_factory=dict)
     graphs: int = 0
+    reusing: Reusing | None = None
 
 
 def apply_plan(
@@ -175,6 +176,7 @@ def report(model: nn.Module) -> Report:
         applied.impl,
         tuple(choice.describe() for choice in choices),
         applied.outside,
+        0 if applied.reusing is None else applied.reusing.residual_bytes,
     )
 
 
@@ -217,7 +219,10 @@ def _reusing(
         modules[name]._evdit_site.reuses = True  # type: ignore[union-attr]
     sites = {name: modules[name] for name in plan.reuse.sites}
     source = plan.grid_source
-    return Reusing(call, plan.reuse, source.input, applied.parameters, applied.live, sites)
+    applied.reusing = Reusing(
+        call, plan.reuse, source.input, applied.parameters, applied.live, sites
+    )
+    return applied.reusing
 
 
 def _specs(plan: Plan, way: Way) -> dict[str, str]:

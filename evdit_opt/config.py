@@ -10,6 +10,7 @@ from evdit_opt.errors import CalibrationError
 from evdit_opt.grid import VideoGrid
 from evdit_opt.inner import Inner, wrong_inner
 from evdit_opt.kernels.dispatch import IMPLEMENTATIONS
+from evdit_opt.kernels.residual import PRECISIONS, Precision
 from evdit_opt.masks import Spacing, Weighting
 from evdit_opt.quality import QualityReport
 
@@ -78,6 +79,9 @@ class Config:
         reuse_trend: whether residuals may be carried on the way they were going between the last
             two refreshes. Closer to the dense clip at the same density; takes twice the memory, and
             is used where that lets all sites reuse.
+        reuse_precisions: in which residuals may be kept, from the most exact on; the first in which
+            all sites fit ``reuse_memory`` is taken. "model": that of the attention's output;
+            "bfloat16"; "float8": e4m3 with a scale per batch entry and head, off by up to 6%.
         trial_prompts: how many calibration prompts (or calls) every candidate plan is run on, end
             to end, to choose between weightings and between searched and uniform masks.
         verify_prompts: how many of the given prompts (the last ones) are kept from the search, to
@@ -115,6 +119,7 @@ class Config:
     reuse: bool = True
     reuse_memory: float | None = None
     reuse_trend: bool = True
+    reuse_precisions: tuple[Precision, ...] = PRECISIONS
     trial_prompts: int = 2
     verify_prompts: int = 2
     seed: int = 0
@@ -134,6 +139,7 @@ class Config:
         for name, allowed in (
             ("weightings", ("none", "balanced")),
             ("spacings", ("paper", "centred")),
+            ("reuse_precisions", PRECISIONS),
         ):
             for value in _require_choices(name, getattr(self, name)):
                 _require_one_of(name, value, allowed)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from evdit_opt.errors import UnsupportedInputError
+from evdit_opt.kernels.residual import Residual
 from evdit_opt.plan import ReuseRecord
 
 __all__ = ["MAX_GENERATIONS", "STRANGERS", "Generation", "Generations", "noise_level"]
@@ -42,7 +43,7 @@ class Generation:
         step: number of the latest step, from 0.
         due: how many refresh levels lie at or above the running step.
         refreshed: the same for the latest step that ran to its end; 0: not refreshed yet.
-        residuals: by site, like the output of its attention.
+        residuals: by site, of what its mask drops.
         slopes: by site, the change of the residual from one refresh to the next; none before the
             second, or if nothing is carried on.
         ahead: how much of the slopes the residuals hold by now.
@@ -55,7 +56,7 @@ class Generation:
     step: int = 0
     due: int = 0
     refreshed: int = 0
-    residuals: dict[str, Tensor] = field(default_factory=dict)
+    residuals: dict[str, Residual] = field(default_factory=dict)
     slopes: dict[str, Tensor] = field(default_factory=dict)
     ahead: float = 0.0
     refreshed_at: tuple[float, ...] = ()
@@ -72,6 +73,7 @@ class Generation:
             return "dense"
         return "refresh" if self.due > self.refreshed else "reuse"
 
+    @torch.no_grad()
     def begin_step(self, record: ReuseRecord) -> None:
         """Before the model runs: carry the residuals on, or take back what was added to them.
 
@@ -87,14 +89,14 @@ class Generation:
             self._add_slopes(-self.ahead)
             self.ahead = 0.0
             # What they were: end_step makes slopes of it.
-            self.slopes = {name: x.detach().clone() for name, x in self.residuals.items()}
+            self.slopes = {name: own.value.clone() for name, own in self.residuals.items()}
 
-    @torch.no_grad()
     def _add_slopes(self, share: float) -> None:
         if self.slopes and share:
-            kept = [self.residuals[name] for name in self.slopes]
+            kept = [self.residuals[name].value for name in self.slopes]
             torch._foreach_add_(kept, list(self.slopes.values()), alpha=share)
 
+    @torch.no_grad()
     def end_step(self, finished: bool) -> None:
         """The step ran to its end, or broke off: a refresh may then have written some residuals."""
         if not finished:
@@ -102,7 +104,7 @@ class Generation:
             return
         if self.mode == "refresh":
             for name, was in self.slopes.items():
-                was.neg_().add_(self.residuals[name].detach())
+                was.neg_().add_(self.residuals[name].value)
             self.refreshed_at = (*self.refreshed_at[-1:], self.level)
         self.refreshed = self.due
 
@@ -141,6 +143,16 @@ class Generations:
     def __len__(self) -> int:
         return len(self._known)
 
+    @property
+    def residual_bytes(self) -> int:
+        """Memory of the residuals of all of them."""
+        return sum(
+            own.nbytes
+            for known in self._known.values()
+            for kept in (known.residuals, known.slopes)
+            for own in kept.values()
+        )
+
     def _find(self, arguments: Mapping[str, Any], level: float) -> Generation:
         conditioning = {
             name: value
@@ -171,7 +183,7 @@ class Generations:
             self._known.popitem(last=False)
         return known
 
-    def _spare_residuals(self, key: Any, shapes: tuple[Any, ...]) -> dict[str, Tensor]:
+    def _spare_residuals(self, key: Any, shapes: tuple[Any, ...]) -> dict[str, Residual]:
         """The buffers of a generation that is over; other generations that are over are dropped."""
         over = [k for k, known in self._known.items() if k == key or known.is_over]
         dropped = [self._known.pop(k) for k in over]

@@ -236,7 +236,7 @@ class Plan:
             sites=tuple((site.name, site.rule, site.layout) for site in self.sites),
             grid_source=self.grid_source,
             min_tokens=self.min_tokens,
-            reuse=None if self.reuse is None else replace(self.reuse, levels=()),
+            reuse=None if self.reuse is None else replace(self.reuse, levels=(), memory=None),
         )
         return hashlib.sha256(strict_json.dump(content).encode()).hexdigest()
 
@@ -291,6 +291,11 @@ class Plan:
             head.append(
                 f"{len(self.reuse.sites)} sites reuse what their mask drops, renewed at "
                 f"{len(self.reuse.refresh_at)} noise levels from {self.reuse.refresh_at[0]:.4g}"
+            )
+            size = self.reuse.memory
+            head.append(
+                f"residuals in precision {self.reuse.precision}"
+                + ("" if size is None else f", {size / 2**20:.4g} MiB in a run")
             )
         if self.finetune is not None:
             head.append(

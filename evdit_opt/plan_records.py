@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from evdit_opt.errors import PlanError
+from evdit_opt.kernels.residual import PRECISIONS, Precision
 from evdit_opt.masks import Rule
 from evdit_opt.passes.site_mark import Way
 from evdit_opt.strict_json import OPTIONAL
@@ -142,6 +143,9 @@ class ReuseRecord:
             not known.
         trend: how residuals are carried on the way they were going, by noise level, descending;
             interpolated in between. Empty: they stay as they were at the last refresh.
+        precision: in which residuals are kept: the model's own, or a smaller one; see
+            ``kernels.residual``.
+        memory: bytes that the residuals of a run took in calibration; None if not known.
     """
 
     sites: tuple[str, ...]
@@ -149,9 +153,15 @@ class ReuseRecord:
     refresh_at: tuple[float, ...]
     levels: tuple[float, ...] = field(default=(), metadata={OPTIONAL: True})
     trend: tuple[TrendPoint, ...] = field(default=(), metadata={OPTIONAL: True})
+    precision: Precision = field(default="model", metadata={OPTIONAL: True})
+    memory: int | None = field(default=None, metadata={OPTIONAL: True})
 
     def __post_init__(self) -> None:
         require_text("timestep", self.timestep, 100)
+        if self.precision not in PRECISIONS:
+            raise PlanError(f"expected precision to be one of {PRECISIONS}, got {self.precision!r}")
+        if self.memory is not None:
+            require_int("memory", self.memory, 0, 2**63 - 1)
         for name in self.sites:
             require_text("sites", name, 256)
         if not 1 <= len(self.refresh_at) <= MAX_REFRESHES:
@@ -169,6 +179,8 @@ class ReuseRecord:
         for levels in (self.refresh_at, self.levels, trend):
             if any(a <= b for a, b in itertools.pairwise(levels)):
                 raise PlanError("expected noise levels in descending order, each once")
+        if self.trend and self.precision == "float8":
+            raise PlanError("expected no trend for residuals in float8, which rounds it away")
         if len(set(self.sites)) != len(self.sites) or not 1 <= len(self.sites) <= MAX_REFRESHES:
             raise PlanError(f"expected 1 to {MAX_REFRESHES} sites that reuse, each once")
 

@@ -19,6 +19,7 @@ class Report:
         impl: implementation of the sparse attention asked for.
         choices: what "auto" chose so far in this process, and why: one line per kind of call.
         outside: why the model runs without a compiler; empty if it is compiled.
+        residual_bytes: memory of all residuals that are kept now.
     """
 
     sites: tuple[SiteOutcome, ...]
@@ -27,6 +28,7 @@ class Report:
     impl: str
     choices: tuple[str, ...] = ()
     outside: str = ""
+    residual_bytes: int = 0
 
     @property
     def rewritten(self) -> tuple[str, ...]:
@@ -46,6 +48,8 @@ class Report:
         ]
         if self.outside:
             lines.append(f"  outside of all graphs: {self.outside}")
+        if self.residual_bytes:
+            lines.append(f"  residuals take {self.residual_bytes / 2**20:.1f} MiB")
         width = max((len(site.name) for site in self.sites), default=0)
         for site in self.sites:
             rule = "dense" if site.rule is None else site.rule.describe()

@@ -58,6 +58,7 @@ def retarget(plan: Plan, grid: VideoGrid) -> Retargeted:
         sites=tuple(_moved(site, origin, grid) for site in plan.sites),
         grid=grid,
         calibrated_at=None if grid == origin else origin,
+        reuse=None if plan.reuse is None else replace(plan.reuse, memory=None),
         calibration=replace(plan.calibration, trials=(), explored=(), held_out_error=None),
         quality=None,
         speed=None,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from evdit_opt.errors import PlanError
 from evdit_opt.generations import Generation, Generations
 from evdit_opt.grid import TokenLayout
+from evdit_opt.kernels.residual import Precision, Residual, empty_residual
 from evdit_opt.masks import Rule
 from evdit_opt.passes.marks import LiveGrid, SiteMark
 from evdit_opt.passes.swap_attention import ResidualMissing
@@ -54,6 +55,7 @@ def with_reuse(
     sites: Sequence[str] | None = None,
     timestep: str = "timestep",
     levels: Sequence[float] = (),
+    precision: Precision = "model",
 ) -> Plan:
     """The plan with residual reuse.
 
@@ -66,13 +68,18 @@ def with_reuse(
         sites: which sites reuse; None: all that have a rule.
         timestep: the parameter of the model's forward that holds the noise level.
         levels: noise levels of all steps of a run, for ``plan.density``.
+        precision: in which residuals are kept; see ``kernels.residual``.
 
     Raises:
         PlanError: if a site has no rule, or a level is out of range.
     """
     names = tuple(plan.rules) if sites is None else tuple(sites)
     record = ReuseRecord(
-        sites=names, timestep=timestep, refresh_at=tuple(refresh_at), levels=tuple(levels)
+        sites=names,
+        timestep=timestep,
+        refresh_at=tuple(refresh_at),
+        levels=tuple(levels),
+        precision=precision,
     )
     changed = []
     for site in plan.sites:
@@ -118,10 +125,16 @@ class Reusing:
             name: sites[name]._evdit_site  # type: ignore[misc]
             for name in record.sites
         }
+        self._precision = record.precision
         self._generations = Generations(video, record.timestep, record)
         self._like: dict[tuple[Any, ...], dict[str, _Like]] = {}  # by shapes of a call, and site
         # The mode and the residuals hang on the model while it runs.
         self._running = threading.Lock()
+
+    @property
+    def residual_bytes(self) -> int:
+        """Memory of all residuals that are kept now, of whatever generation."""
+        return self._generations.residual_bytes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = dict(zip(self._parameters, args, strict=False)) | kwargs
@@ -138,7 +151,7 @@ class Reusing:
         finally:
             self._live.mode = "sparse"
             for mark in self._marks.values():
-                mark.residual = None
+                mark.residual = mark.residual_scale = None
             generation.end_step(finished)
         return output
 
@@ -148,7 +161,8 @@ class Reusing:
             self._make_residuals(generation)
         for _ in range(len(self._marks) + 1):
             for name, mark in self._marks.items():
-                mark.residual = generation.residuals.get(name, _NONE)
+                kept = generation.residuals.get(name, _NONE)
+                mark.residual, mark.residual_scale = kept
             try:
                 return self._call(*args, **kwargs)
             except ResidualMissing as missing:  # of an attention outside all graphs
@@ -174,11 +188,13 @@ class Reusing:
     def _make_residuals(self, generation: Generation) -> None:
         residuals = generation.residuals
         for name, like in self._like[generation.shapes].items():
-            if name not in residuals or residuals[name].shape != like.shape:
-                residuals[name] = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-        size = sum(x.numel() * x.element_size() for x in residuals.values())
+            if name not in residuals or residuals[name].value.shape != like.shape:
+                residuals[name] = empty_residual(
+                    like.shape, like.dtype, like.device, self._precision
+                )
+        size = sum(residual.nbytes for residual in residuals.values())
         logger.info("residuals of %d sites take %.1f MiB", len(residuals), size / 2**20)
 
 
-_NONE = torch.empty(0)
+_NONE = Residual(torch.empty(0))
 """The residual of a site before anything is known about it."""

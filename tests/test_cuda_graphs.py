@@ -22,8 +22,8 @@ from evdit_opt.grid import TokenLayout
 from evdit_opt.reuse import with_reuse
 from tests.models.masked import masked_attention
 from tests.models.small_models import BY_NAME
-from tests.models.toy_dit import GRID, ToyDiT, make_plan, toy, toy_inputs, toy_rules
 from tests.models.timed_toy import call, conditioning, timed_toy
+from tests.models.toy_dit import GRID, ToyDiT, make_plan, toy, toy_inputs, toy_rules
 
 WAITS = {
     "_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "masked_select",

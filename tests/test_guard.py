@@ -19,8 +19,8 @@ from evdit_opt.masks import CACHED, Rule
 from evdit_opt.plan import Plan, RuleEvidence
 from evdit_opt.reuse import with_reuse
 from tests.models.branching_dit import make_branching, scope_plan
-from tests.models.toy_dit import GRID, make_plan, toy_inputs, toy_rules
 from tests.models.timed_toy import LEVELS, call, conditioning, sample, timed_toy
+from tests.models.toy_dit import GRID, make_plan, toy_inputs, toy_rules
 
 NAMES = tuple(toy_rules(2))
 ALWAYS = Guard(every=1, checks=1)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from evdit_opt.calibrate.site_record import CandidateError
 from evdit_opt.calibrate.steps import TIMESTEP
 from evdit_opt.calibrate.survey import Survey
 from evdit_opt.config import Config
+from evdit_opt.kernels.residual import ROUNDING, Precision
 from evdit_opt.masks import CACHED, Rule
 from evdit_opt.models import Denoiser, Item, config_hash
 from evdit_opt.plan import (
@@ -63,8 +65,19 @@ class Drafter:
         errors: Errors,
         levels: Sequence[float],
         trend: Sequence[TrendPoint] = (),
+        precision: Precision = "model",
+        memory: int | None = None,
     ) -> Plan:
-        """A plan that reuses residuals, at the grid and for runs with the noise ``levels``."""
+        """A plan that reuses residuals, at the grid and for runs with the noise ``levels``.
+
+        Args:
+            found: rules and refreshes.
+            errors: of the candidates, as evidence.
+            levels: of the run.
+            trend: how residuals are carried on.
+            precision: in which residuals are kept.
+            memory: bytes that they take, and what carries them on.
+        """
         between = len(levels) - found.refreshes[0] - len(found.refreshes)
         sites = []
         for name, option in found.options.items():
@@ -73,7 +86,10 @@ class Drafter:
                 reason = f"error {option.error:.3f}" + (" between refreshes" * option.reuses)
             error = None if option.rule is None else option.error
             if option.reuses:  # that error counts refreshes and dense steps too, as none
-                error = option.error * (len(levels) / between) ** 0.5 if between else None
+                error = None
+                if between:
+                    reused = option.error * (len(levels) / between) ** 0.5
+                    error = math.hypot(reused, ROUNDING[precision])
             sites.append(self._site(name, option.rule, reason, errors[name], error))
         reuse = ReuseRecord(
             sites=tuple(name for name, option in found.options.items() if option.reuses),
@@ -81,6 +97,8 @@ class Drafter:
             refresh_at=tuple(levels[step] for step in found.refreshes),
             levels=tuple(levels),
             trend=tuple(trend),
+            precision=precision,
+            memory=memory,
         )
         return self._plan(sites, self.config.threshold, reuse)
 

@@ -27,7 +27,8 @@ PURPOSE = "purpose.json"
 
 SEARCHED = frozenset(
     {"threshold", "density", "speedup", "quality", "min_psnr", "min_ssim", "max_flicker_ratio",
-     "reuse_memory", "reuse_trend", "max_distinct_rules", "min_tokens", "inner", "progress"}
+     "reuse_memory", "reuse_trend", "reuse_precisions", "max_distinct_rules", "min_tokens", "inner",
+     "progress"}
 )  # fmt: skip
 """Settings that no finished run depends on: runs under plans are kept by the plan."""
 

@@ -12,6 +12,7 @@ from evdit_opt.calibrate.draft import Drafter
 from evdit_opt.calibrate.prices import Prices
 from evdit_opt.calibrate.problem import Found, Problem, trend_of
 from evdit_opt.calibrate.record import Recording
+from evdit_opt.calibrate.residual_memory import residual_bytes
 from evdit_opt.calibrate.reuse_search import (
     cheapest_within,
     evenly,
@@ -155,9 +156,17 @@ class Planner:
 
     def drafted(self, found: Found) -> Drafted:
         """What the search of plans that reuse has found, as a plan."""
-        errors, levels = self.recording.errors, self.recording.levels
-        trend = trend_of(self.problem, found)
-        plan = self.drafter.draft_reuse(found, errors, levels, trend)
+        recording, problem = self.recording, self.problem
+        reusing = [name for name, option in found.options.items() if option.reuses]
+        memory = residual_bytes(recording, reusing, problem.precision, problem.trend)
+        plan = self.drafter.draft_reuse(
+            found,
+            recording.errors,
+            recording.levels,
+            trend_of(problem, found),
+            problem.precision,
+            memory,
+        )
         return Drafted(plan, found.damage, found.price)
 
     def _damage(self, choice: Choice) -> float:

@@ -19,6 +19,7 @@ from evdit_opt.calibrate.prices import Prices, kept_pairs
 from evdit_opt.calibrate.problem import Problem
 from evdit_opt.calibrate.record import Recording, record
 from evdit_opt.calibrate.refine import refined
+from evdit_opt.calibrate.residual_memory import fit_residuals
 from evdit_opt.calibrate.stage import Stage, staged
 from evdit_opt.calibrate.survey import survey_attention
 from evdit_opt.calibrate.trial import compare_runs, mean_error, run_with_plan, try_plan
@@ -33,7 +34,6 @@ __all__ = ["choose_kind", "make_plan", "make_problem"]
 
 logger = logging.getLogger(__name__)
 
-GIB = 2**30
 BACK_OFFS = 3
 """How often a plan that misses the quality floor is made denser before giving up."""
 
@@ -121,37 +121,17 @@ def make_problem(
     recording: Recording, prices: Prices, config: Config, model: torch.nn.Module
 ) -> Problem:
     """What the search of plans that reuse has to know."""
-    limit, trend = 0, False
-    if any(recording.reuse.values()):
-        one = recording.branches * max(recording.residual_bytes.values())
-        limit = int(_memory(config, model) // one)
-        # Slopes take as much again: worth it where all sites may still reuse.
-        trend = config.reuse_trend and limit >= 2 * len(recording.errors)
-        logger.info(
-            "residuals take %.3f GiB a site (%d guidance branches), %s: up to %d of %d sites may "
-            "reuse", (1 + trend) * one / GIB, recording.branches,
-            "with their trend" if trend else "without a trend", limit // (1 + trend),
-            len(recording.errors),
-        )  # fmt: skip
+    fit = fit_residuals(recording, config, model)
     return Problem(
         errors=recording.errors,
         reuse=recording.reuse,
         levels=recording.levels,
         prices=prices,
-        max_reusing=limit // (1 + trend),
+        max_reusing=fit.sites,
         max_rules=config.max_distinct_rules,
-        trend=trend,
+        trend=fit.trend,
+        precision=fit.precision,
     )
-
-
-def _memory(config: Config, model: torch.nn.Module) -> float:
-    """Bytes that residuals may take."""
-    if config.reuse_memory is not None:
-        return config.reuse_memory * GIB
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory / 4
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
 
 
 def choose_kind(

@@ -12,6 +12,7 @@ from evdit_opt.calibrate.damage import damage_of
 from evdit_opt.calibrate.prices import Prices
 from evdit_opt.calibrate.site_record import CandidateError, ReuseError
 from evdit_opt.calibrate.trend import Drift, drift_of, fit_ahead
+from evdit_opt.kernels.residual import Precision
 from evdit_opt.masks import Rule
 from evdit_opt.plan_records import MAX_DAMPING, TrendPoint
 
@@ -66,6 +67,7 @@ class Problem:
         max_reusing: sites whose residuals fit the memory budget.
         max_rules: different rules a plan may hold.
         trend: whether residuals are carried on the way they were going (see ``trend.py``).
+        precision: in which residuals are kept.
     """
 
     errors: Mapping[str, Sequence[CandidateError]]
@@ -75,6 +77,7 @@ class Problem:
     max_reusing: int
     max_rules: int = 6
     trend: bool = False
+    precision: Precision = "model"
 
     @cached_property
     def drift(self) -> Mapping[str, Drift]:

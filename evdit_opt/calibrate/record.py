@@ -29,7 +29,8 @@ class Recording:
         reuse: per site, of every rule that reuses residuals; empty where that is impossible.
         levels: noise levels of the steps of a run, descending; empty if the model has no steps.
         branches: guidance branches of a run: calls of the model per step.
-        residual_bytes: per site, of one residual.
+        residual_bytes: per site, of one residual in the model's precision.
+        itemsize: bytes of a number in it.
         mass: per site, share of attention by tile, ``[heads, frames, parts]``.
         results: what the first ``config.trial_prompts`` dense runs returned (see ``Denoiser.run``).
     """
@@ -39,6 +40,7 @@ class Recording:
     levels: tuple[float, ...]
     branches: int
     residual_bytes: Mapping[str, int]
+    itemsize: int
     mass: Mapping[str, Tensor]
     results: Sequence[Tensor]
 
@@ -72,10 +74,13 @@ def record(
         for number, (name, layout) in enumerate(stage.layouts.items())
     }
     residual_bytes: dict[str, int] = {}
+    itemsize = 1
 
     def measure(
         name: str, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, scale: float | None
     ) -> None:
+        nonlocal itemsize
+        itemsize = q.element_size()
         for tensor, what in ((q, "queries"), (k, "keys"), (v, "values")):
             require_finite(tensor, f"the {what} at {name}")
         residual_bytes[name] = q.numel() * q.element_size()
@@ -83,10 +88,11 @@ def record(
 
     kept = kept or Kept()
     results, branches, done = [], 1, 0
-    if (earlier := kept.load(STATE)) is not None:
+    if (earlier := kept.load(STATE)) is not None and "itemsize" in earlier[1]:
         state, facts = earlier
         done, branches = facts["done"], facts["branches"]
         residual_bytes |= facts["residual_bytes"]
+        itemsize = facts["itemsize"]
         steps.levels = dict(enumerate(facts["levels"]))
         for name, site in sites.items():
             site.load_state(_of_site(state, name))
@@ -103,6 +109,7 @@ def record(
                 kept.save(f"dense-{index}", {"result": result})
             facts = {
                 "done": index + 1, "branches": branches, "residual_bytes": residual_bytes,
+                "itemsize": itemsize,
                 "levels": [steps.levels[step] for step in sorted(steps.levels)],
             }  # fmt: skip
             kept.save(STATE, _by_site(sites), facts)
@@ -118,6 +125,7 @@ def record(
         levels=levels if len(levels) > 1 else (),
         branches=branches,
         residual_bytes=residual_bytes,
+        itemsize=itemsize,
         mass={name: site.mass() for name, site in sites.items()},
         results=results,
     )

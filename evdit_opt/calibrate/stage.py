@@ -18,6 +18,7 @@ from evdit_opt.calibrate.kept import Kept
 from evdit_opt.generations import Generation, Generations
 from evdit_opt.grid import TokenLayout
 from evdit_opt.kernels import tile_attention
+from evdit_opt.kernels.residual import PRECISIONS, pack
 from evdit_opt.masks import Rule
 from evdit_opt.models import Denoiser, Item
 from evdit_opt.passes.capture import watched
@@ -108,9 +109,9 @@ class Rehearsal:
         self._rules = plan.rules
         self._layouts, self._impl, self._min_tokens = layouts, impl, plan.min_tokens
         self._reusing = frozenset() if plan.reuse is None else frozenset(plan.reuse.sites)
-        self._generations = None
+        self._generations, self._precision = None, PRECISIONS[0]
         if plan.reuse is not None:
-            video = plan.grid_source.input
+            video, self._precision = plan.grid_source.input, plan.reuse.precision
             self._generations = Generations(video, plan.reuse.timestep, plan.reuse)
         self._now: Generation | None = None
 
@@ -134,9 +135,9 @@ class Rehearsal:
             return sparse
         if mode == "refresh":
             dense = dense_attention(q, k, v, mask, scale)
-            self._now.residuals[name] = dense - sparse
+            self._now.residuals[name] = pack(dense - sparse, self._precision)
             return dense
-        return sparse + self._now.residuals[name]
+        return sparse + self._now.residuals[name].unpack(sparse.dtype)
 
 
 def dense_attention(

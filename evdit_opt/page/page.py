@@ -91,6 +91,9 @@ def _header(plan: Plan) -> Iterator[Html]:
     )
     over = "a run" if plan.reuse is not None and plan.reuse.levels else "layers"
     figures = [("attention computed", f"{plan.density:.0%}", f"of all tiles, mean over {over}")]
+    if plan.reuse is not None and plan.reuse.memory is not None:
+        detail = f"kept from step to step, in precision {plan.reuse.precision}"
+        figures.append(("residuals", f"{plan.reuse.memory / 2**20:.4g} MiB", detail))
     if speed is not None:
         detail = f"{speed.dense_ms:.4g} to {speed.optimized_ms:.4g} ms a forward, {speed.device}"
         figures.append(("speed", f"{speed.speedup:.2f}x", detail))

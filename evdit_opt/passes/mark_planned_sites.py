@@ -78,7 +78,7 @@ def mark_planned_sites(
         # Hidden states may be written out for each reader; they are equal, the first serves all.
         states = min(inputs.values())
         facts = MarkFacts(
-            spec, grid.frames, grid.tokens_per_frame, None, "sparse", None, None, None
+            spec, grid.frames, grid.tokens_per_frame, None, "sparse", None, None, None, None
         )
         with gm.graph.inserting_after(states):
             mark = gm.graph.call_function(MARK, (states, *facts))

@@ -88,6 +88,7 @@ class SiteMark:
         reuses: whether the step's mode is the site's too; else it is always "sparse", but in
             dense steps.
         residual: as in the mark; set before every forward of a model that reuses.
+        residual_scale: likewise.
         drift: as in the mark; None at a site that nobody checks.
     """
 
@@ -98,6 +99,7 @@ class SiteMark:
     attend: Callable[..., Tensor] | None = None
     reuses: bool = False
     residual: Tensor | None = None
+    residual_scale: Tensor | None = None
     drift: Tensor | None = None
 
     @property
@@ -109,10 +111,13 @@ class SiteMark:
     def facts(self) -> "MarkFacts":
         """What the mark of this forward says."""
         mode, rows, drift = self.mode, self.live.rows, self.drift
-        residual = self.residual if mode in ("refresh", "reuse") else None
+        residual, scale = self.residual, self.residual_scale
+        if mode not in ("refresh", "reuse"):
+            residual = scale = None
         if rows is None or drift is None or mode in ("dense", "refresh"):
             rows = drift = None
-        return MarkFacts(self.spec, *self.live.read(), self.index, mode, residual, rows, drift)
+        live = self.live.read()
+        return MarkFacts(self.spec, *live, self.index, mode, residual, scale, rows, drift)
 
 
 @dataclass

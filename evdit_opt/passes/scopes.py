@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from evdit_opt.errors import PlanMismatchError
+from evdit_opt.kernels.residual import Residual
 from evdit_opt.passes.decide_site import SiteOutcome, decide, text_around
 from evdit_opt.passes.graph import SDPA, Attention, bind_attention
 from evdit_opt.passes.marks import RootMark, SiteMark, site_modules
@@ -112,11 +113,13 @@ class SparseAttend:
             wanted = torch.empty_like(q) if sparse is None else sparse
             if facts.residual.shape != wanted.shape or facts.residual.device != wanted.device:
                 raise ResidualMissing({site.name: wanted})
+            kept = Residual(facts.residual, facts.residual_scale)
             if facts.mode == "refresh":
                 out = dense(attention)
-                facts.residual.copy_(out if sparse is None else out - sparse)
+                kept.keep(out if sparse is None else out - sparse)
                 return out
-            out = facts.residual.clone() if sparse is None else sparse + facts.residual
+            residual = kept.unpack(wanted.dtype)
+            out = residual.clone() if sparse is None else sparse + residual
         if facts.rows is not None:
             prefix, _ = text_around(q.shape[2], frames, tokens, spec, site.name)
             drift = torch.ops.evdit.row_error(

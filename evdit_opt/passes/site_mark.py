@@ -59,7 +59,7 @@ class SiteSpec:
 
 FACTS = (
     "str spec, SymInt frames, SymInt tokens_per_frame, Tensor? index, str mode, Tensor? residual, "
-    "Tensor? rows, Tensor? drift"
+    "Tensor? residual_scale, Tensor? rows, Tensor? drift"
 )
 LEFT_OVER = (
     "expected the evdit backend to compile this graph, another backend did: a site mark was left "
@@ -81,6 +81,7 @@ def mark_op(
     index: Tensor | None,
     mode: str,
     residual: Tensor | None,
+    residual_scale: Tensor | None,
     rows: Tensor | None,
     drift: Tensor | None,
 ) -> Tensor:
@@ -95,6 +96,7 @@ def mark_op(
         mode: what the site does in this step, one of :data:`MODES`.
         residual: what the site keeps from a refresh to the next, like the attention's output; only
             in the modes "refresh" and "reuse".
+        residual_scale: where the residual has 8 bits; see ``kernels.residual``.
         rows: ``[rows]``, which queries to compare with dense attention, as shares of the video;
             None in all calls but those that a guard checks (see ``guard``).
         drift: ``[2]``, float32: the result of that is written here; see ``kernels.row_error``.
@@ -122,6 +124,7 @@ def mark_qkv_op(
     index: Tensor | None,
     mode: str,
     residual: Tensor | None,
+    residual_scale: Tensor | None,
     rows: Tensor | None,
     drift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,6 +154,7 @@ class MarkFacts(NamedTuple):
     index: Any
     mode: str
     residual: Any
+    residual_scale: Any
     rows: Any
     drift: Any
 

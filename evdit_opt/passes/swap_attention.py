@@ -47,8 +47,9 @@ def swap_attention(
              residual.copy_(out - sparse)
 
     and in the mode "reuse" it is added: ``out = sparse + residual``. Where the rule keeps nothing,
-    the residual is the whole output. In the mode "dense" only the mark goes. Where a guard checks,
-    a few rows of ``out`` are compared with dense attention:
+    the residual is the whole output. One of another dtype than the output goes through
+    ``evdit.pack_residual`` and ``evdit.unpack_residual``. In the mode "dense" only the mark goes.
+    Where a guard checks, a few rows of ``out`` are compared with dense attention:
 
     after:   drift.copy_(evdit.row_error(q(x), k(x), v(x), attn_mask, out, rows, ...))
 
@@ -68,7 +69,8 @@ def swap_attention(
         ResidualMissing: if sites that reuse have no residual of the right shape yet.
     """
     import evdit_opt.kernels.ops
-    import evdit_opt.kernels.row_error  # noqa: F401  (both register their operator)
+    import evdit_opt.kernels.residual
+    import evdit_opt.kernels.row_error  # noqa: F401  (all register their operators)
 
     outcomes = []
     missing: dict[str, Tensor] = {}
@@ -172,10 +174,12 @@ def _rewrite(call: fx.Node, mark: fx.Node, name: str, impl: str, checks: bool) -
         sparse = None
         if decision.mask is not None:
             sparse = _sparse(call, attention, decision.mask, tokens, spec, name, impl)
-        if facts.mode == "reuse" and sparse is None:
-            out = insert_call(graph, torch.ops.aten.clone.default, (facts.residual,), call)
-        elif facts.mode == "reuse":
-            out = insert_call(graph, operator.add, (sparse, facts.residual), call)
+        if facts.mode == "reuse":
+            kept = _kept(call, facts)
+            if sparse is None:
+                out = insert_call(graph, torch.ops.aten.clone.default, (kept,), call)
+            else:
+                out = insert_call(graph, operator.add, (sparse, kept), call)
         else:
             out = sparse or call  # what keeps nothing is never merely sparse
         if facts.rows is not None and checks:
@@ -185,11 +189,32 @@ def _rewrite(call: fx.Node, mark: fx.Node, name: str, impl: str, checks: bool) -
             dropped = call
             if sparse is not None:
                 dropped = insert_call(graph, operator.sub, (call, sparse), call)
-            insert_call(graph, torch.ops.aten.copy_.default, (facts.residual, dropped), call)
+            _keep(call, facts, dropped)
     else:
         call.replace_all_uses_with(out)
         graph.erase_node(call)
     return outcome
+
+
+def _keep(call: fx.Node, facts: MarkFacts, residual: fx.Node) -> None:
+    """Write what a mask drops to where it is kept."""
+    graph, copy = call.graph, torch.ops.aten.copy_.default
+    if facts.residual_scale is None:
+        insert_call(graph, copy, (facts.residual, residual), call)
+        return
+    packed = insert_call(graph, torch.ops.evdit.pack_residual.default, (residual,), call)
+    for place, part in enumerate((facts.residual, facts.residual_scale)):
+        own = insert_call(graph, operator.getitem, (packed, place), call)
+        insert_call(graph, copy, (part, own), call)
+
+
+def _kept(call: fx.Node, facts: MarkFacts) -> fx.Node:
+    """What was kept, in the dtype of the attention's output."""
+    dtype = value_of(call).dtype
+    if facts.residual_scale is None and value_of(facts.residual).dtype == dtype:
+        return facts.residual  # type: ignore[no-any-return]
+    arguments = (facts.residual, facts.residual_scale, dtype)
+    return insert_call(call.graph, torch.ops.evdit.unpack_residual.default, arguments, call)
 
 
 def _check(

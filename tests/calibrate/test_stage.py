@@ -12,8 +12,8 @@ from evdit_opt.masks import CACHED
 from evdit_opt.models import Denoiser
 from evdit_opt.plan import Plan
 from evdit_opt.reuse import with_reuse
-from tests.models.toy_dit import GRID, make_plan, toy_rules
 from tests.models.timed_toy import CLOSE, LEVELS, call, conditioning, timed_toy
+from tests.models.toy_dit import GRID, make_plan, toy_rules
 
 RULES = toy_rules(2)
 LAYOUTS = dict.fromkeys(RULES, TokenLayout(GRID))

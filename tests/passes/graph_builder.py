@@ -70,7 +70,9 @@ class GraphBuilder:
         self, x: fx.Node, spec: SiteSpec, frames: int, tokens: int,
         mode: str = "sparse", residual: fx.Node | None = None,
     ) -> fx.Node:  # fmt: skip
-        return self.call(MARK, x, spec.encode(), frames, tokens, None, mode, residual, None, None)
+        return self.call(
+            MARK, x, spec.encode(), frames, tokens, None, mode, residual, None, None, None
+        )
 
     def module(self, *outputs: fx.Node) -> fx.GraphModule:
         self.graph.output(outputs)

@@ -10,7 +10,7 @@ from evdit_opt.errors import PlanMismatchError
 from evdit_opt.masks import Rule
 from evdit_opt.passes.site_mark import MARK, MARK_QKV, SiteSpec, facts_of, remove_mark
 
-FACTS = (SiteSpec(Rule()).encode(), 2, 1, None, "sparse", None, None, None)
+FACTS = (SiteSpec(Rule()).encode(), 2, 1, None, "sparse", None, None, None, None)
 
 
 @pytest.mark.parametrize(
