@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.rivals import output_caching, static_rivals
+from benchmarks.rivals import output_caching, output_forecasting, static_rivals
 from evdit_opt.calibrate.draft import Drafter
 from evdit_opt.calibrate.kinds import Planner
 from evdit_opt.calibrate.make import choose_kind, make_problem
@@ -38,7 +38,7 @@ from evdit_opt.versions import installed_versions
 ROOT = Path(__file__).parents[1]
 SEED = 12000
 METRICS = ("psnr_db", "ssim", "flicker_ratio")
-REUSE = ("ours", "output caching, even refreshes")
+REUSE = ("ours", "output caching, even refreshes", "output forecasting, even refreshes")
 """Compared on all clips; the static masks, which are far below, on fewer."""
 
 
@@ -69,10 +69,10 @@ def variants(
             (drafted.plan if drafted else planner.all_dense()).save(path)
         found[name] = Plan.load(path)
     template = planner.all_dense()
+    cached = output_caching(template, planner.recording.levels, density)
     others = {
-        "output caching, even refreshes": output_caching(
-            template, planner.recording.levels, density
-        ),
+        "output caching, even refreshes": cached,
+        "output forecasting, even refreshes": output_forecasting(cached) if cached else None,
         "threshold search (paper)": paper_search(planner, density),
         **dict(static_rivals(template, density)),
     }

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from evdit_opt.masks import CACHED, DROPPED, Rule, TileMask
-from evdit_opt.plan import Plan
+from evdit_opt.plan import Plan, TrendPoint
 from evdit_opt.reuse import with_reuse
 
-__all__ = ["RadialRule", "output_caching", "static_rivals", "uniform"]
+__all__ = ["RadialRule", "output_caching", "output_forecasting", "static_rivals", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,13 @@ def output_caching(plan: Plan, levels: tuple[float, ...], density: float) -> Pla
         return None
     chosen = [levels[n * steps // count] for n in range(count)]
     return with_reuse(uniform(plan, Rule(1)), chosen, rule=CACHED, levels=levels)
+
+
+def output_forecasting(plan: Plan) -> Plan:
+    """The same, with outputs carried on along a straight line, as TaylorSeer's first order does."""
+    assert plan.reuse is not None
+    line = (TrendPoint(level=plan.reuse.levels[0], damping=1.0),)
+    return replace(plan, reuse=replace(plan.reuse, trend=line))
 
 
 def uniform(plan: Plan, rule: Rule) -> Plan:
