@@ -4,13 +4,32 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from evdit_opt.passes.products import Product
-
-__all__ = ["NotSDPA", "Operand", "Operands", "match_letters"]
+__all__ = ["NotSDPA", "Operand", "Operands", "Product", "match_letters"]
 
 
 class NotSDPA(Exception):
     """Why what looks like attention cannot be one SDPA call."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product with a letter per dimension, as in einsum: "bhid,bhjd->bhij".
+
+    Attributes:
+        left: first operand.
+        right: second operand.
+        letters: letters of left, right and the result.
+        scale: a number the product is multiplied by.
+        bias: what is added to it; None: nothing.
+        nodes: what it consists of beside the node that was read.
+    """
+
+    left: fx.Node
+    right: fx.Node
+    letters: tuple[str, str, str]
+    scale: float = 1.0
+    bias: fx.Node | None = None
+    nodes: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,31 +15,15 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from evdit_opt.passes.attention_letters import Product
 from evdit_opt.passes.graph import operation, same_size, value_of
 
-__all__ = ["LoweredEinsum", "nodes_to_lowered_einsum", "read_lowered_einsum"]
+__all__ = ["nodes_to_lowered_einsum", "read_lowered_einsum"]
 
 RESHAPES = frozenset("flatten reshape unflatten view _unsafe_view".split())
 COPIES = frozenset("clone contiguous expand".split())
 VIEWS = RESHAPES | COPIES | frozenset("permute squeeze transpose unsqueeze".split())
 NAMES = "abcdefghijklmnopqrstuvwxyz"
-
-
-@dataclass(frozen=True)
-class LoweredEinsum:
-    """An einsum of two tensors.
-
-    Attributes:
-        left: first operand.
-        right: second operand.
-        letters: letters of left, right and the result.
-        nodes: the product of matrices and the views after it, without the result itself.
-    """
-
-    left: fx.Node
-    right: fx.Node
-    letters: tuple[str, str, str]
-    nodes: tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True)
@@ -64,7 +48,7 @@ class _Side:
         return "".join(letter for letter in self.letters if letter not in "".join(self.dims))
 
 
-def read_lowered_einsum(result: fx.Node) -> LoweredEinsum | None:
+def read_lowered_einsum(result: fx.Node) -> Product | None:
     """The einsum whose result is ``result``, the last of its views; None if it is none."""
     after = _views_before(result)
     product = after[0].all_input_nodes[0] if after else result
@@ -93,7 +77,7 @@ def read_lowered_einsum(result: fx.Node) -> LoweredEinsum | None:
         return None
     renamed = "".join(same.get(letter, letter) for letter in right.letters)
     letters = (left.letters, renamed, "".join(dims))
-    return LoweredEinsum(left.source, right.source, letters, (product, *after[:-1]))
+    return Product(left.source, right.source, letters, nodes=(product, *after[:-1]))
 
 
 def nodes_to_lowered_einsum(operand: fx.Node, live: Set[fx.Node]) -> list[fx.Node]:

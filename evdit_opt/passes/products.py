@@ -1,40 +1,19 @@
 """Matrix products of two activations in one notation, however they are written."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from evdit_opt.passes.attention_letters import Product
 from evdit_opt.passes.graph import operation, same_size, value_of
 from evdit_opt.passes.lowered_einsum import read_lowered_einsum
 from evdit_opt.passes.stand_in import Draft
 
-__all__ = ["Product", "arrange", "read_product"]
+__all__ = ["arrange", "read_product"]
 
 BATCH = "abcdefg"
-
-
-@dataclass(frozen=True)
-class Product:
-    """A product with a letter per dimension, as in einsum: "bhid,bhjd->bhij".
-
-    Attributes:
-        left: first operand.
-        right: second operand.
-        letters: letters of left, right and the result.
-        scale: a number the product is multiplied by.
-        bias: what is added to it; None: nothing.
-        nodes: what it consists of beside the node that was read.
-    """
-
-    left: fx.Node
-    right: fx.Node
-    letters: tuple[str, str, str]
-    scale: float = 1.0
-    bias: fx.Node | None = None
-    nodes: tuple[fx.Node, ...] = ()
 
 
 def read_product(node: fx.Node) -> Product | None:
@@ -56,10 +35,7 @@ def read_product(node: fx.Node) -> Product | None:
         if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
             operands = operands[0]
         return _einsum(node.args[0], operands)
-    lowered = read_lowered_einsum(node)
-    if lowered is not None:
-        return Product(lowered.left, lowered.right, lowered.letters, nodes=lowered.nodes)
-    return None
+    return read_lowered_einsum(node)
 
 
 def _matmul(operands: Sequence[Any], scale: float, bias: Any) -> Product | None:

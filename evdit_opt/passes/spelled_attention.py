@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from evdit_opt.passes.attention_letters import NotSDPA, Operands, match_letters
+from evdit_opt.passes.attention_letters import NotSDPA, Operands, Product, match_letters
 from evdit_opt.passes.graph import operation, same_size, value_of, written_inputs
 from evdit_opt.passes.lowered_einsum import nodes_to_lowered_einsum
 from evdit_opt.passes.mask_structure import mutated_storages, storage_of
-from evdit_opt.passes.products import Product, read_product
+from evdit_opt.passes.products import read_product
 from evdit_opt.passes.safe_softmax import zeroed_rows
 from evdit_opt.passes.trace_origin import is_parameter
 
