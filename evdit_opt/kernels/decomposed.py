@@ -11,34 +11,26 @@ those of the kept tiles, and what is held beside the result is a block, never se
 Mask family: Efficient-vDiT, arXiv 2502.06155.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from evdit_opt.kernels.constants import constant
 from evdit_opt.kernels.decomposition import Block, Decomposition, decompose
 from evdit_opt.kernels.dense import attend as dense_attend
 from evdit_opt.kernels.dense import key_bias, lse_dtype
-from evdit_opt.kernels.geometry import Geometry, own_windows, take
-from evdit_opt.kernels.merge import merge
+from evdit_opt.kernels.geometry import Geometry, Ranges, own_windows, take
+from evdit_opt.kernels.pieces import Part, Piece, pieces_of, put_together, shared_ranges
 
-__all__ = ["Attend", "forward", "rows_per_block"]
+__all__ = ["Attend", "attend_pieces", "forward"]
+
+# x [batch, heads, seq, dim], token ranges -> these tokens side by side, and how one is made
+Take = Callable[[Tensor, Ranges], Tensor]
+TakeOf = Callable[[list[Ranges]], Take]
 
 # q, k, v, bias, scale -> out, log-sum-exp
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
-
-# Queries of a block on a CPU: enough for the flash kernel's large query tiles (from 768 queries),
-# few enough for its partial results to stay in the cache.
-CPU_BLOCK_QUERIES = 2048
-
-
-def rows_per_block(geometry: Geometry, device_type: str) -> int:
-    """Frames of a block. Elsewhere than on a CPU launches cost more than passes over memory."""
-    if device_type != "cpu":
-        return geometry.frames
-    return max(1, CPU_BLOCK_QUERIES // geometry.tokens)
 
 
 def forward(
@@ -69,56 +61,69 @@ def forward(
         out like ``torch.empty_like(q)``, lse ``[batch, heads, seq]`` (natural log, float32 or 64).
     """
     plan = decompose(intervals, log_weights, geometry.frames)
-    blocks = plan.blocks(rows_per_block(geometry, q.device.type))
-    out = torch.empty_like(q)
-    lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+    pieces = pieces_of(plan, geometry, q, k.shape[1])
+    parts = attend_pieces(pieces, plan, q, k, v, attn_mask, geometry, scale, attend)
+    return put_together(pieces, parts, q, may_be_empty=attn_mask is not None)
+
+
+def attend_pieces(
+    pieces: Sequence[Piece],
+    plan: Decomposition,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    geometry: Geometry,
+    scale: float,
+    attend: Attend = dense_attend,
+    take_of: TakeOf = lambda wanted: take,
+) -> Iterator[list[Part]]:
+    """The dense calls of each piece, one after another.
+
+    Args:
+        pieces: ``pieces_of`` the call.
+        plan: the mask.
+        q: as of :func:`forward`, and so is the rest.
+        take_of: makes what takes token ranges, as :func:`evdit_opt.kernels.geometry.take`, from all
+            that are going to be taken.
+    """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     bias = key_bias(attn_mask, q)
-    groups = q.shape[1] // k.shape[1]
-    for group in range(groups):
-        # Query head h reads key head h // groups: a strided slice of the query heads, no copies.
-        heads = slice(group, None, groups)
-        own_bias = bias[:, heads] if bias is not None and bias.shape[1] > 1 else bias
-        call = _Call(
-            q[:, heads], k, v, own_bias, out[:, heads], lse[:, heads], geometry, scale, attend
-        )
-        _dense_rows(call, plan)
-        # The rows of a block take the place of the batch.
-        one_by_one = q.shape[0] > 1 and any(block.count > 1 for block in blocks)
-        for part in call.split() if one_by_one else [call]:
-            shared = _shared_keys(part, plan)
-            for block in blocks:
-                _sparse_rows(part, block, shared)
-    return out, lse
+    of_keys = [ranges for ranges, _ in shared_ranges(plan, geometry)]
+    of_keys += [ranges for piece in pieces for ranges in _own_ranges(piece.block, geometry)]
+    whose: tuple[slice, slice] | None = None
+    for piece in pieces:
+        if whose != (piece.batch, piece.heads):
+            whose, shared = (piece.batch, piece.heads), list[_Keys]()
+            own_bias = bias
+            if bias is not None:
+                own_bias = bias[piece.batch] if bias.shape[0] > 1 else bias
+                own_bias = own_bias[:, piece.heads] if bias.shape[1] > 1 else own_bias
+            call = _Call(
+                q[whose], k[piece.batch], v[piece.batch], own_bias, geometry, scale, attend,
+                take_of([other.ranges for other in pieces]), take_of(of_keys),
+            )  # fmt: skip
+        queries = call.take_queries(call.q, piece.ranges)
+        if piece.block is None:
+            yield [attend(queries, call.k, call.v, call.bias, scale)]
+            continue
+        shared = shared or _shared_keys(call, plan)
+        yield _sparse_rows(call, piece.block, queries, shared)
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """Tensors of one call with as many query heads as key heads; out and lse are written to."""
+    """Tensors of a piece, with as many query heads as key heads."""
 
     q: Tensor  # [batch, heads, seq, head_dim]
     k: Tensor
     v: Tensor
     bias: Tensor | None  # [batch | 1, heads | 1, 1, seq]
-    out: Tensor
-    lse: Tensor  # [batch, heads, seq]
     geometry: Geometry
     scale: float
     attend: Attend
-
-    def split(self) -> list["_Call"]:
-        """One call per batch element."""
-        calls = []
-        for b in range(self.q.shape[0]):
-            one = slice(b, b + 1)
-            bias = self.bias[one] if self.bias is not None and self.bias.shape[0] > 1 else self.bias
-            calls.append(
-                _Call(
-                    self.q[one], self.k[one], self.v[one], bias, self.out[one], self.lse[one],
-                    self.geometry, self.scale, self.attend,
-                )
-            )  # fmt: skip
-        return calls
+    take_queries: Take
+    take_keys: Take
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,46 +136,29 @@ class _Keys:
     weights: Tensor | None  # [sparse rows]; None if all are 0
 
 
-def _dense_rows(call: _Call, plan: Decomposition) -> None:
-    """Queries that see the whole sequence: frames kept in full, and text."""
-    ranges = call.geometry.ranges(plan.dense, with_text=True)
-    if not ranges:
-        return
-    out, lse = call.attend(take(call.q, ranges), call.k, call.v, call.bias, call.scale)
-    _put(call, ranges, out, lse)
-
-
 def _shared_keys(call: _Call, plan: Decomposition) -> list[_Keys]:
-    """The groups of shared keys, copied next to one another once; the text joins a plain group."""
-    geometry = call.geometry
-    groups = [(geometry.ranges(group.keys), group.weights) for group in plan.shared]
-    if geometry.text:
-        plain = next((n for n, (_, weights) in enumerate(groups) if not any(weights)), None)
-        if plain is None:
-            groups.append((geometry.text, (0.0,)))
-        else:
-            groups[plain] = (groups[plain][0] + geometry.text, groups[plain][1])
+    """The groups of shared keys, copied next to one another once."""
     keys = []
-    for ranges, weights in groups:
+    for ranges, weights in shared_ranges(plan, call.geometry):
         bias = None
         if call.bias is not None:
-            bias = take(call.bias.transpose(2, 3), ranges).transpose(2, 3)
-        shift = constant(weights, call.lse) if any(weights) else None
-        keys.append(_Keys(take(call.k, ranges), take(call.v, ranges), bias, shift))
+            bias = call.take_keys(call.bias.transpose(2, 3), ranges).transpose(2, 3)
+        like = call.q.new_empty(0, dtype=lse_dtype(call.q.dtype))
+        shift = constant(weights, like) if any(weights) else None
+        k, v = (call.take_keys(x, ranges) for x in (call.k, call.v))
+        keys.append(_Keys(k, v, bias, shift))
     return keys
 
 
-def _sparse_rows(call: _Call, block: Block, shared: list[_Keys]) -> None:
-    """One block of sparse rows, from its parts."""
-    geometry, rows = call.geometry, block.count
-    ranges = geometry.ranges(block.frames)
-    q = take(call.q, ranges)
-    parts = []
+def _sparse_rows(call: _Call, block: Block, q: Tensor, shared: list[_Keys]) -> list[Part]:
+    """The parts of a block of sparse rows; ``q`` are its queries, side by side."""
+    rows = block.count
+    parts: list[Part] = []
     for start, stop, weight in block.own:
-        k, v = (_own(x, geometry, block, start, stop) for x in (call.k, call.v))
+        k, v = (_own(call, x, block, start, stop) for x in (call.k, call.v))
         bias = None
         if call.bias is not None:
-            bias = _own(call.bias.transpose(2, 3), geometry, block, start, stop).transpose(2, 3)
+            bias = _own(call, call.bias.transpose(2, 3), block, start, stop).transpose(2, 3)
         out, lse = call.attend(_by_row(q, rows), k, v, bias, call.scale)
         parts.append((out, lse + weight if weight else lse))
     for keys in shared:
@@ -179,36 +167,26 @@ def _sparse_rows(call: _Call, block: Block, shared: list[_Keys]) -> None:
         if keys.weights is not None:
             lse = lse + keys.weights[block.position : block.position + rows, None, None]
         parts.append((out, lse))
-    out, lse = parts[0]
-    for part in parts[1:]:
-        out, lse = merge(out, lse, *part, may_be_empty=call.bias is not None)
-    out, lse = _side_by_side(out, q.shape[0]), _side_by_side(lse.unsqueeze(-1), q.shape[0])
-    _put(call, ranges, out, lse.squeeze(-1))
+    return parts
 
 
-def _own(x: Tensor, geometry: Geometry, block: Block, start: int, stop: int) -> Tensor:
+def _own(call: _Call, x: Tensor, block: Block, start: int, stop: int) -> Tensor:
     """Frames ``row + start .. row + stop`` of every row: ``[rows | batch, heads, keys, dim]``."""
     if stop - start > 1:
-        return own_windows(x, geometry, block.frames[0][0], block.count, start, stop)
-    shifted = [(first + start, last + start) for first, last in block.frames]
-    return _by_row(take(x, geometry.ranges(shifted)), block.count)
+        return own_windows(x, call.geometry, block.frames[0][0], block.count, start, stop)
+    return _by_row(call.take_keys(x, _shifted(block, start, call.geometry)), block.count)
+
+
+def _own_ranges(block: Block | None, geometry: Geometry) -> list[Ranges]:
+    """Tokens that :func:`_own` takes for the parts of a block."""
+    own = [] if block is None else block.own
+    return [_shifted(block, start, geometry) for start, stop, _ in own if stop - start == 1]
+
+
+def _shifted(block: Block, start: int, geometry: Geometry) -> Ranges:
+    return geometry.ranges([(first + start, last + start) for first, last in block.frames])
 
 
 def _by_row(x: Tensor, rows: int) -> Tensor:
     """``[1, heads, rows * tokens, dim]`` as ``[rows, heads, tokens, dim]``; one row: as it is."""
     return x if rows == 1 else x[0].unflatten(1, (rows, -1)).transpose(0, 1)
-
-
-def _side_by_side(x: Tensor, batch: int) -> Tensor:
-    """The inverse of :func:`_by_row`."""
-    return x if x.shape[0] == batch else x.transpose(0, 1).flatten(1, 2).unsqueeze(0)
-
-
-def _put(call: _Call, ranges: list[tuple[int, int]], out: Tensor, lse: Tensor) -> None:
-    """Write rows that lie next to one another to their token ranges."""
-    offset = 0
-    for start, stop in ranges:
-        rows = slice(offset, offset + stop - start)
-        call.out[:, :, start:stop] = out[:, :, rows]
-        call.lse[:, :, start:stop] = lse[:, :, rows]
-        offset += stop - start

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Geometry", "join", "own_windows", "take"]
+__all__ = ["Geometry", "Ranges", "join", "own_windows", "take"]
+
+Ranges = list[tuple[int, int]]
+"""Half-open ranges of tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +34,7 @@ class Geometry:
         return self.prefix + self.frames * self.tokens + self.suffix
 
     @property
-    def text(self) -> list[tuple[int, int]]:
+    def text(self) -> Ranges:
         """Token ranges of the text."""
         video_stop = self.prefix + self.frames * self.tokens
         return join([(0, self.prefix), (video_stop, self.seq_len)])
@@ -40,9 +43,7 @@ class Geometry:
         """Position of the first token of ``frame``."""
         return self.prefix + frame * self.tokens
 
-    def ranges(
-        self, frames: Sequence[tuple[int, int]], with_text: bool = False
-    ) -> list[tuple[int, int]]:
+    def ranges(self, frames: Sequence[tuple[int, int]], with_text: bool = False) -> Ranges:
         """Frame intervals, and the text where asked for, as ascending token ranges."""
         video = [(self.token(start), self.token(stop)) for start, stop in frames]
         return join(sorted(video + self.text) if with_text else video)
@@ -67,9 +68,9 @@ def own_windows(
     return windows.permute(1, 0, 3, 2)
 
 
-def join(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def join(ranges: Ranges) -> Ranges:
     """Ascending token ranges without the empty ones, touching ones joined."""
-    joined: list[tuple[int, int]] = []
+    joined: Ranges = []
     for start, stop in ranges:
         if start == stop:
             continue
@@ -80,7 +81,7 @@ def join(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-def take(x: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
+def take(x: Tensor, ranges: Ranges) -> Tensor:
     """Token ranges of ``x`` ``[batch, heads, seq, dim]`` side by side; a view if there is one."""
     parts = [x[:, :, start:stop] for start, stop in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

@@ -6,12 +6,13 @@ computes q, k and v, and the merges one loop: measured in docs/notes/kernels.md.
 sequences take one call with a mask; inlined, it costs what it would if a person had written it.
 """
 
+from operator import getitem
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from evdit_opt.kernels import decomposed, dispatch, masked
+from evdit_opt.kernels import dispatch, masked, traced
 from evdit_opt.kernels.dense import lse_dtype
 from evdit_opt.kernels.geometry import Geometry
 from evdit_opt.passes.graph import subgraphs, value_of
@@ -26,14 +27,15 @@ def inline_decomposed(gm: fx.GraphModule) -> int:
     """Replace the operator by the Python function behind it, which AOT then traces.
 
         before:  both = evdit.tile_attention(q, k, v, None, intervals, log_weights, 17, 100, ...)
-        after:   both = tile_attention(None, q, k, v, None, intervals, log_weights, 17, 100, ...)
-        or:      both = tile_attention(self.evdit_bias_0, q, k, v, None, ...)  # short sequences
+                 out = both[0]
+        after:   out = tile_attention(None, q, k, v, None, intervals, log_weights, 17, 100, ...)
+        or:      out = tile_attention(self.evdit_bias_0, q, k, v, None, ...)  # short sequences
 
     Only where that is the same computation: on a CPU, by the decomposed or the masked
     implementation ("auto" is decided here, measured where it must be), at static lengths, without
     gradients (the flash operator's log-sum-exp has no derivative; the operator's own backward does
-    not need one), and without an additive mask, whose values the operator checks. Elsewhere the
-    operator stays.
+    not need one), where nobody reads the log-sum-exp, and without an additive mask, whose values
+    the operator checks. Elsewhere the operator stays.
 
     Returns:
         Number of calls inlined.
@@ -48,6 +50,9 @@ def inline_decomposed(gm: fx.GraphModule) -> int:
                 continue
             held = None if bias is None else _hold(body, node, bias)
             node.target, node.args = tile_attention, (held, *node.args)
+            for part in list(node.users):
+                part.replace_all_uses_with(node)
+                body.graph.erase_node(part)
             inlined += 1
     return inlined
 
@@ -57,6 +62,7 @@ def _may_inline(node: fx.Node) -> bool:
     q, attn_mask = value_of(node.args[0]), value_of(node.args[3])
     return (
         not torch.is_grad_enabled()
+        and all(user.target is getitem and user.args[1] == 0 for user in node.users)
         and isinstance(impl, str)
         and isinstance(q, Tensor)
         and q.device.type == "cpu"
@@ -105,8 +111,8 @@ def tile_attention(
     suffix: int,
     scale: float | None,
     impl: str,
-) -> tuple[Tensor, Tensor]:
-    """``torch.ops.evdit.tile_attention`` as a function that can be traced.
+) -> Tensor:
+    """The output of ``torch.ops.evdit.tile_attention`` as a function that can be traced.
 
     Args:
         bias: None: decomposed; otherwise the mask of all token pairs, ``[1, 1, seq, seq]``.
@@ -114,17 +120,16 @@ def tile_attention(
     """
     if torch.is_autocast_enabled("cpu"):
         # The operator's autocast rule chooses the dtype.
-        out, lse = OP(
+        out: Tensor = OP(
             q, k, v, attn_mask, intervals, log_weights, frames, tokens_per_frame, prefix, suffix,
             scale, impl,
-        )  # fmt: skip
-        return out, lse
+        )[0]  # fmt: skip
+        return out
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if bias is not None:
         # As torch.tensor(...) does: what is traced meets a number, not a tensor from outside.
         bias = torch.ops.aten.lift_fresh(bias)
-        return masked.attend_pairs(q, k, v, attn_mask, bias, scale)
+        return masked.attend_pairs(q, k, v, attn_mask, bias, scale)[0]
     geometry = _geometry(frames, tokens_per_frame, prefix, suffix)
-    return decomposed.forward(
-        q, k, v, attn_mask, tuple(intervals), tuple(log_weights), geometry, scale
-    )
+    mask = tuple(intervals), tuple(log_weights)
+    return traced.forward(q, k, v, attn_mask, *mask, geometry, scale)

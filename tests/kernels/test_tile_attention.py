@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evdit_opt.grid import TokenLayout, VideoGrid
-from evdit_opt.kernels import decomposed, flex, masked, tile_attention
+from evdit_opt.kernels import flex, masked, pieces, tile_attention
 from evdit_opt.masks import Rule, TileMask
 from tests.kernels.fused import poisoned
 from tests.kernels.oracle import KINDS, Case, cases, oracle, strided
@@ -64,7 +64,7 @@ def test_flex_is_exact(case: Case) -> None:
 @given(cases((torch.float32, torch.float64), max_tokens=900), st.integers(1, 4))
 @settings(max_examples=80)
 def test_every_block_size_is_exact(case: Case, rows: int) -> None:
-    with mock.patch.object(decomposed, "rows_per_block", return_value=rows):
+    with mock.patch.object(pieces, "rows_per_block", return_value=rows):
         check(case, "decomposed")
 
 
@@ -72,7 +72,7 @@ def test_every_block_size_is_exact(case: Case, rows: int) -> None:
 @given(cases(CPU_DTYPES), st.integers(1, 4))
 @settings(max_examples=1000)
 def test_a_thousand_cases(case: Case, rows: int) -> None:
-    with mock.patch.object(decomposed, "rows_per_block", return_value=rows):
+    with mock.patch.object(pieces, "rows_per_block", return_value=rows):
         check(case, "decomposed")
     if case.layout.seq_len <= masked.MAX_SEQ:
         check(case, "masked")
@@ -86,7 +86,7 @@ def test_low_precision_in_every_block_size(dtype: torch.dtype, rows: int) -> Non
         batch=1, heads=2, kv_heads=2, head_dim=64, dtype=dtype, kind="transposed", padding="none",
         scale=None, seed=0,
     )  # fmt: skip
-    with mock.patch.object(decomposed, "rows_per_block", return_value=rows):
+    with mock.patch.object(pieces, "rows_per_block", return_value=rows):
         check(case, "decomposed")
 
 
