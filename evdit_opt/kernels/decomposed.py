@@ -179,8 +179,9 @@ def _own(call: _Call, x: Tensor, block: Block, start: int, stop: int) -> Tensor:
 
 def _own_ranges(block: Block | None, geometry: Geometry) -> list[Ranges]:
     """Tokens that :func:`_own` takes for the parts of a block."""
-    own = [] if block is None else block.own
-    return [_shifted(block, start, geometry) for start, stop, _ in own if stop - start == 1]
+    if block is None:
+        return []
+    return [_shifted(block, start, geometry) for start, stop, _ in block.own if stop - start == 1]
 
 
 def _shifted(block: Block, start: int, geometry: Geometry) -> Ranges:
