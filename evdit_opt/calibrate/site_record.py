@@ -17,8 +17,12 @@ from evdit_opt.masks import Rule
 
 __all__ = ["CandidateError", "ReuseError", "SiteRecord"]
 
-POSITIONS = 16
+POSITIONS = 8
 """Positions of every frame whose queries are looked at, the same ones in all frames and calls."""
+
+EVERY = 2
+"""Of how many steps of a run one measures the rules that are applied in every step; the next run
+takes other steps. Residuals are compared between all steps, so these are looked at in each."""
 
 SKETCH = 2048
 """Numbers of a step's residual that are kept, of every frame as many."""
@@ -81,6 +85,7 @@ class SiteRecord:
     ) -> None:
         self.layout, self.rules, self.reused = layout, tuple(rules), tuple(reused)
         self.calls = 0
+        self.runs = 0
         self.once_a_step = True
         frames = layout.grid.frames
         self._random = torch.Generator().manual_seed(seed)
@@ -121,9 +126,11 @@ class SiteRecord:
         """
         self.calls += 1
         sketches, mass, head = [], [], 0
+        takes_rules = not self.reused or (self.runs + step) % EVERY == 0
         for parts in tile_parts(q, k, v, self.layout, self._positions, attn_mask, scale):
-            dense, static, reused = self._outputs(parts)
-            self._scale += _squares(dense)
+            dense, static, reused = self._outputs(parts, takes_rules)
+            if takes_rules:
+                self._scale += _squares(dense)
             for row, own in enumerate(static):
                 self._error[row] += _squares(own - dense)
             mass.append(parts.mass().cpu())
@@ -144,10 +151,11 @@ class SiteRecord:
             if list(steps) == list(range(len(steps))):
                 self._compare(torch.stack(list(steps.values())))
         self._run = {}
+        self.runs += 1
 
     def state(self) -> dict[str, Tensor]:
         """All sums between two runs, to go on from with :meth:`load_state`."""
-        counts = torch.tensor([self.calls, self.once_a_step])
+        counts = torch.tensor([self.calls, self.runs, self.once_a_step])
         found = {"counts": counts, "error": self._error, "scale": self._scale}
         optional = {"mass": self._mass, "drift": self._drift, "drift_scale": self._drift_scale}
         found |= {name: value for name, value in optional.items() if value is not None}
@@ -155,7 +163,7 @@ class SiteRecord:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of :meth:`state`, in a record made with the same arguments."""
-        self.calls, once_a_step = state["counts"].tolist()
+        self.calls, self.runs, once_a_step = state["counts"].tolist()
         self.once_a_step = bool(once_a_step)
         self._error, self._scale = state["error"], state["scale"]
         self._mass = state.get("mass")
@@ -192,12 +200,14 @@ class SiteRecord:
         assert self._mass is not None, "nothing was recorded"
         return self._mass / self.calls
 
-    def _outputs(self, parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
+    def _outputs(self, parts: Parts, takes_rules: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Dense, under every rule, and under everything reused: ``[..., frames, positions, d]``."""
-        found = parts.combine(self._bias.to(parts.lse.device))
-        nothing = [n for n, rule in enumerate((None, *self.rules, *self.reused)) if _is_empty(rule)]
+        rules = self.rules if takes_rules else ()
+        bias = torch.cat([self._bias[: 1 + len(rules)], self._bias[1 + len(self.rules) :]])
+        found = parts.combine(bias.to(parts.lse.device))
+        nothing = [n for n, rule in enumerate((None, *rules, *self.reused)) if _is_empty(rule)]
         found[nothing] = 0.0
-        dense, static, reused = found.split([1, len(self.rules), len(self.reused)])
+        dense, static, reused = found.split([1, len(rules), len(self.reused)])
         return dense[0], static, reused
 
     def _sketch(self, residuals: Tensor, head: int, heads: int) -> Tensor:

@@ -51,6 +51,22 @@ def test_errors_are_those_of_the_operator(monkeypatch):
         assert found.temporal == pytest.approx(float(flicker), rel=1e-4)
 
 
+def test_one_run_measures_rules_in_half_of_its_steps_and_the_next_in_the_others(monkeypatch):
+    whole(monkeypatch)
+    first, then = calls(2 * STEPS)[:STEPS], calls(2 * STEPS)[STEPS:]
+    site, right = SiteRecord(LAYOUT, RULES, REUSED), SiteRecord(LAYOUT, RULES)
+    for run in (first, then):
+        for step, call in enumerate(run):
+            site.add(*call, step=step)
+        site.end_run()
+    for call in (*first[::2], *then[1::2]):
+        right.add(*call)
+    for got, wanted in zip(site.errors(), right.errors(), strict=True):
+        assert got.rule == wanted.rule
+        assert got.output == pytest.approx(wanted.output, rel=1e-5)
+        assert got.temporal == pytest.approx(wanted.temporal, rel=1e-5)
+
+
 def test_drift_is_the_distance_of_residuals(monkeypatch):
     whole(monkeypatch)
     site = SiteRecord(LAYOUT, RULES, REUSED)
