@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evdit_opt.calibrate.folder_lock import lock_folder, unlock_folder
 from evdit_opt.config import Config
 from evdit_opt.errors import CalibrationError, UnsupportedInputError
 from evdit_opt.models import Denoiser, config_hash
@@ -41,7 +42,8 @@ class Kept:
         purpose: see :func:`purpose`.
 
     Raises:
-        CalibrationError: if the folder was kept for another purpose, or cannot be read.
+        CalibrationError: if the folder was kept for another purpose, cannot be read, or is in the
+            hands of another process.
         UnsupportedInputError: if safetensors is not installed.
     """
 
@@ -59,7 +61,7 @@ class Kept:
                 'pip install "evdit-opt[diffusers]"'
             ) from error
         if folder.exists():
-            self._require_purpose(folder)
+            self._take_up(folder)
 
     def run(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """What ``make`` returns, or returned when it was last called by this name."""
@@ -76,9 +78,8 @@ class Kept:
             return
         from safetensors.torch import save
 
-        if not self._folder.is_dir():
-            self._folder.mkdir()
-            _write(self._folder / PURPOSE, json.dumps(self._purpose).encode())
+        self._folder.mkdir(exist_ok=True)
+        self._take_up(self._folder)  # somebody who began at the same time may have been quicker
         own = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         _write(self._file(name), save(own, {"facts": json.dumps(facts)}))
 
@@ -106,13 +107,17 @@ class Kept:
         assert self._folder is not None
         return self._folder / f"{name}.safetensors"
 
+    def _take_up(self, folder: Path) -> None:
+        self._require_purpose(folder)
+        lock_folder(folder)
+
     def _require_purpose(self, folder: Path) -> None:
         try:
             kept_for = json.loads((folder / PURPOSE).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             if any(path.suffix == ".safetensors" for path in folder.iterdir()):
                 raise self._foreign(folder) from error
-            _write(folder / PURPOSE, json.dumps(self._purpose).encode())  # killed before it was
+            _write(folder / PURPOSE, json.dumps(self._purpose).encode())  # new, or killed early
             return
         except (OSError, ValueError) as error:
             raise self._foreign(folder) from error
@@ -140,6 +145,7 @@ def remove_kept(folder: Path) -> None:
     # Renamed first: half a folder, where this is killed, must not look like an unfinished one.
     going = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(going, ignore_errors=True)
+    unlock_folder(folder)
     os.replace(folder, going)
     shutil.rmtree(going)
 

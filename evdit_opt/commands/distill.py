@@ -1,12 +1,20 @@
 """``evdit distill``: fine-tune for few steps and sparse attention, from a YAML file."""
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evdit_opt.commands.common import console, only_result_on_stdout, or_exit
+from evdit_opt.commands.common import (
+    AsJson,
+    console,
+    only_result_on_stdout,
+    or_exit,
+    write_json,
+)
+from evdit_opt.commands.summary import summary
 
 if TYPE_CHECKING:
     from evdit_opt.distill.pipeline import Finetuning
@@ -19,6 +27,7 @@ def distill(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Try shapes, estimate memory and time, train nothing.")
     ] = False,
+    as_json: AsJson = False,
     verbose: Annotated[bool, typer.Option(help="Show every training step.")] = False,
 ) -> None:
     """Teach a pipeline to need few steps and little attention; started again, it goes on."""
@@ -28,8 +37,11 @@ def distill(
 
     def run() -> None:
         with only_result_on_stdout():
-            told = _rehearse(config) if dry_run else _train(config)
-        console.print(told, markup=False, highlight=False, soft_wrap=True)
+            told, facts = _rehearse(config) if dry_run else _train(config)
+        if as_json:
+            write_json(facts)
+        else:
+            console.print(told, markup=False, highlight=False, soft_wrap=True)
 
     or_exit(run)
 
@@ -57,17 +69,21 @@ def _load(path: Path) -> "Finetuning":
     return Finetuning(found.target, job.prompts, job.finetune, job.steps, search)
 
 
-def _train(path: Path) -> str:
+def _train(path: Path) -> tuple[str, dict[str, Any]]:
+    """Train; what was made, for people and for programs."""
     run = _load(path)
     for index in range(len(run.config.stages)):
         run.stage(index)
     plan = run.finish()
     told = [] if plan is None else [plan.describe()]
-    told.append(f"written to {run.config.folder / 'result'}; call it with guidance_scale=1")
-    return "\n".join(told)
+    result = run.config.folder / "result"
+    told.append(f"written to {result}; call it with guidance_scale=1")
+    facts = {"out": str(result), "steps": run.steps, "plan": plan and summary(plan)}
+    return "\n".join(told), facts
 
 
-def _rehearse(path: Path) -> str:
+def _rehearse(path: Path) -> tuple[str, dict[str, Any]]:
+    """Try; what it would take, for people and for programs."""
     from evdit_opt.distill.rehearsal import rehearse
 
     run = _load(path)
@@ -87,4 +103,10 @@ def _rehearse(path: Path) -> str:
     if "consistency" in run.config.stages and run.config.latents is None:
         calls = run.config.clips * run.config.full_steps
         told.append(f"before that the teacher makes {run.config.clips} latents: {calls} steps")
-    return "\n".join(told)
+    facts = {
+        "prompts": len(run.prompts),
+        "steps": run.steps,
+        "stages": [asdict(item) for item in done.values()],
+        "not_tried": [name for name in run.config.stages if name not in done],
+    }
+    return "\n".join(told), facts
