@@ -44,10 +44,10 @@ def gains(report: dict[str, Any]) -> str:
         if ours is None:
             continue
         rows.pop("ours without reuse", None)
-        caching = rows.pop("output caching, even refreshes", None)
         told = []
-        if caching:
-            told.append(f"{paired(ours, caching)} to output caching")
+        for what in ("output caching", "output forecasting"):
+            if other := rows.pop(f"{what}, even refreshes", None):
+                told.append(f"{paired(ours, other)} to {what}")
         if rows:
             best = max(rows.values(), key=lambda row: row["mean_psnr_db"])
             told.append(f"{paired(ours, best)} to the best other static mask ({best['variant']})")

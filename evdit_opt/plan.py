@@ -296,6 +296,7 @@ class Plan:
             head.append(
                 f"residuals in precision {self.reuse.precision}"
                 + ("" if size is None else f", {size / 2**20:.4g} MiB in a run")
+                + (", carried on between refreshes" if self.reuse.trend else "")
             )
         if self.finetune is not None:
             head.append(

@@ -4,6 +4,9 @@ On a *refresh* step a site computes dense attention and keeps the residual, dens
 steps between it returns sparse + residual. The idea is residual sharing of DiTFastAttn (Yuan et
 al., arXiv 2406.08552), there for windows within an image.
 
+Where the plan says so, a residual is carried on along its last change (see
+``calibrate.trend``), outside of the graph.
+
 The step's mode is a string that Dynamo guards, so there is one compiled graph per mode, and the
 residuals are inputs that a refresh writes to. State belongs to one generation and one guidance
 branch: see :mod:`evdit_opt.generations`.

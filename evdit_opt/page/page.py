@@ -149,7 +149,8 @@ def _steps(plan: Plan) -> Iterator[Html]:
     words = {
         "dense": "dense",
         "refresh": "dense, and what masks drop is kept",
-        "reuse": "masks, and what was kept is added",
+        "reuse": "masks, and what was kept is added"
+        + (", carried on the way it was going" if reuse.trend else ""),
     }
     legend = [
         tag("span", tag("i", class_=mode), f"{modes.count(mode)} {text}")
