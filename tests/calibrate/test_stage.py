@@ -1,5 +1,6 @@
 """Trying out a plan without compiling it: the numbers of the compiled one."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from evdit_opt.calibrate.stage import staged
 from evdit_opt.grid import TokenLayout
 from evdit_opt.masks import CACHED
 from evdit_opt.models import Denoiser
-from evdit_opt.plan import Plan
+from evdit_opt.plan import Plan, TrendPoint
 from evdit_opt.reuse import with_reuse
 from tests.models.timed_toy import CLOSE, LEVELS, call, conditioning, timed_toy
 from tests.models.toy_dit import GRID, make_plan, toy_rules
@@ -33,15 +34,18 @@ def denoiser(model: torch.nn.Module) -> Denoiser:
 def plans(model: torch.nn.Module) -> dict[str, Plan]:
     static = make_plan(model, RULES)
     first = next(iter(RULES))
+    often = with_reuse(static, (900.0, 650.0))  # then two steps, the second of them further ahead
+    line = (TrendPoint(level=500.0, damping=0.7),)
     return {
         "static": static,
         "reuse": with_reuse(static, (800.0, 300.0)),
         "cached": with_reuse(static, (900.0, 300.0), rule=CACHED),
         "one site": with_reuse(static, (900.0, 300.0), sites=[first]),
+        "carried on": replace(often, reuse=replace(often.reuse, trend=line)),
     }
 
 
-@pytest.mark.parametrize("name", ["static", "reuse", "cached", "one site"])
+@pytest.mark.parametrize("name", ["static", "reuse", "cached", "one site", "carried on"])
 def test_a_rehearsal_equals_the_compiled_plan(name: str) -> None:
     model: Any = timed_toy()
     player, plan = denoiser(model), plans(model)[name]
