@@ -4,6 +4,7 @@ It computes every tile, the dropped ones too, and holds numbers for all pairs of
 single call, and for short sequences nothing else is faster.
 """
 
+from collections.abc import Callable
 from functools import cache, lru_cache
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from evdit_opt.errors import UnsupportedInputError
 from evdit_opt.grid import TokenLayout, VideoGrid
+from evdit_opt.kernels import dense
 from evdit_opt.kernels.constants import on_device
-from evdit_opt.kernels.dense import attend, key_bias, lse_dtype
+from evdit_opt.kernels.dense import key_bias, lse_dtype
 from evdit_opt.kernels.geometry import Geometry
 from evdit_opt.masks import TileMask
 
@@ -20,6 +22,8 @@ __all__ = ["MAX_SEQ", "attend_pairs", "check", "forward", "pair_bias"]
 
 # Tokens of the longest sequence: its mask takes 16 MiB in float32, and the last few are kept.
 MAX_SEQ = 2048
+
+Attend = Callable[..., tuple[Tensor, Tensor]]  # as dense.attend
 
 
 def check(geometry: Geometry) -> None:
@@ -44,8 +48,9 @@ def forward(
     log_weights: tuple[float, ...],
     geometry: Geometry,
     scale: float,
+    attend: Attend = dense.attend,
 ) -> tuple[Tensor, Tensor]:
-    """Tile attention in one call.
+    """Tile attention in one call of ``attend``.
 
     Args and returns as in :func:`evdit_opt.kernels.decomposed.forward`.
 
@@ -56,11 +61,17 @@ def forward(
     # A recorded CUDA graph keeps the address: there, a mask must live as long as the process.
     keep = pair_bias if q.device.type == "cpu" else _forever
     bias = keep(intervals, log_weights, geometry, lse_dtype(q.dtype), q.device)
-    return attend_pairs(q, k, v, attn_mask, bias, scale)
+    return attend_pairs(q, k, v, attn_mask, bias, scale, attend)
 
 
 def attend_pairs(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, bias: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    bias: Tensor,
+    scale: float,
+    attend: Attend = dense.attend,
 ) -> tuple[Tensor, Tensor]:
     """The call itself, for a ``bias`` ``[1, 1, seq, seq]`` as of ``pair_bias``; can be traced."""
     q_call, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))

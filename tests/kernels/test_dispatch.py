@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from evdit_opt.kernels import (
     tile_attention,
 )
 from evdit_opt.masks import Rule
+from evdit_opt.passes.inline_decomposed import inline_decomposed
 from tests.kernels.oracle import oracle, strided
 
 LAYOUT = TokenLayout(VideoGrid(5, 40, 1))
@@ -229,7 +231,7 @@ def test_what_is_known_before_anything_runs(
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_compiler_decides_before_the_first_call(measuring: list[str], padded: bool) -> None:
-    """On tensors without numbers, strides and overlaps included; the call then knows the choice."""
+    """On tensors without numbers, strides and overlaps included."""
     tensors = inputs()
     attn_mask = torch.ones(1, 1, 1, LAYOUT.seq_len, dtype=torch.bool) if padded else None
     geometry = dispatch.Geometry(frames=5, tokens=40, prefix=0, suffix=0)
@@ -239,15 +241,43 @@ def test_a_compiler_decides_before_the_first_call(measuring: list[str], padded: 
     mode = FakeTensorMode()
     fake = [None if x is None else mode.from_tensor(x) for x in (*tensors, attn_mask)]
     impl = dispatch.decide("auto", *fake, *MASK.segments(), geometry)
-    assert impl in ("decomposed", "masked")
-    assert len(measuring) >= 4
-    measuring.clear()
-    tile_attention(*tensors, MASK, LAYOUT, attn_mask=attn_mask, return_lse=True)
-    assert measuring == [impl]
-    measuring.clear()
+    (choice,) = autotune.choices()
+    assert choice.name == impl
+    assert set(choice.milliseconds) == {"decomposed", "masked"}
     assert dispatch.decide("flex", *fake, *MASK.segments(), geometry) == "flex"
     assert dispatch.decide("static", *fake, *MASK.segments(), geometry) == "decomposed"
     assert measuring == []
+
+
+@pytest.mark.usefixtures("measuring")
+def test_what_is_inlined_was_measured_while_it_was_compiled() -> None:
+    arguments = (None, *map(list, MASK.segments()), 5, 40, 0, 0, None, "auto")
+    op = torch.ops.evdit.tile_attention.default
+    with torch.no_grad():
+        torch.compile(lambda *x: op(*x, *arguments)[0], backend=inlined)(*inputs())
+    (choice,) = autotune.choices()
+    assert dict(choice.key)["direction"] == "inlined forward"
+
+
+def inlined(gm: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+    assert inline_decomposed(gm) == 1
+    return gm
+
+
+@pytest.mark.usefixtures("measuring")
+def test_only_the_dense_calls_of_what_is_inlined_are_timed() -> None:
+    q, k, v = inputs()
+    geometry = dispatch.Geometry(frames=5, tokens=40, prefix=0, suffix=0)
+    arguments = (q, k, v, None, *MASK.segments(), geometry, 0.25)
+    for name in ("decomposed", "masked"):
+        again = dispatch._attention_calls(name, arguments)
+        with (
+            mock.patch.object(torch, "cat", side_effect=AssertionError),
+            mock.patch.object(decomposed, "merge", side_effect=AssertionError),
+        ):
+            outs = again()
+        pairs = sum(out.shape[0] * out.shape[2] for out, _ in outs)  # rows of every call
+        assert pairs == (200 if name == "masked" else 2 * 40 + 2 * 120)
 
 
 def test_random_tensors_keep_strides_that_overlap() -> None:
