@@ -48,7 +48,7 @@ def inline_decomposed(gm: fx.GraphModule) -> int:
             impl, bias = _decide(node)
             if impl not in ("decomposed", "masked"):
                 continue
-            held = None if bias is None else _hold(body, node, bias)
+            held = None if bias is None else _hold(gm, body, node, bias)
             node.target, node.args = tile_attention, (held, *node.args)
             for part in list(node.users):
                 part.replace_all_uses_with(node)
@@ -83,12 +83,21 @@ def _decide(node: fx.Node) -> tuple[str, Tensor | None]:
     return impl, masked.pair_bias(*mask, geometry, lse_dtype(q.dtype), q.device)
 
 
-def _hold(body: fx.GraphModule, node: fx.Node, bias: Tensor) -> fx.Node:
-    """The tensor as a constant of the graph; calls with the same mask share it."""
-    # Not a buffer: AOT asks Dynamo where every buffer of the model came from.
-    held = {id(value): name for name, value in vars(body).items() if name.startswith(HELD)}
+def _hold(gm: fx.GraphModule, body: fx.GraphModule, node: fx.Node, bias: Tensor) -> fx.Node:
+    """The tensor as a buffer of the graph; calls with the same mask share it."""
+    from torch._dynamo.source import ConstantSource  # takes a second to import
+
+    # Not a constant: Inductor would copy it at every call.
+    held = {id(value): name for name, value in body.named_buffers() if name.startswith(HELD)}
     name = held.get(id(bias), f"{HELD}{len(held)}")
-    setattr(body, name, bias)
+    if body is not gm:  # AOT would ask for a guard that two buffers are one tensor
+        bias = bias.clone()
+    body.register_buffer(name, bias, persistent=False)
+    # AOT asks Dynamo where every buffer of the model came from; this one nobody can change.
+    sources = getattr(gm, "_param_name_to_source", {})
+    prefix = next(path for path, module in gm.named_modules() if module is body)
+    path = f"{prefix}.{name}" if prefix else name
+    sources[path] = ConstantSource(path)
     with body.graph.inserting_before(node):
         return body.graph.create_node("get_attr", name)
 
@@ -127,8 +136,6 @@ def tile_attention(
         return out
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if bias is not None:
-        # As torch.tensor(...) does: what is traced meets a number, not a tensor from outside.
-        bias = torch.ops.aten.lift_fresh(bias)
         return masked.attend_pairs(q, k, v, attn_mask, bias, scale)[0]
     geometry = _geometry(frames, tokens_per_frame, prefix, suffix)
     mask = tuple(intervals), tuple(log_weights)

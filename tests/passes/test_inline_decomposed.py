@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 from torch._inductor.utils import run_and_get_code
+from torch.utils.checkpoint import checkpoint
 
 from evdit_opt.grid import TokenLayout, VideoGrid
 from evdit_opt.masks import Rule, TileMask
@@ -115,6 +116,38 @@ def test_two_masks_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         assert inline_decomposed.inline_decomposed(build) == 2
     assert [n.target for n in build.graph.nodes if n.op == "get_attr"] == ["evdit_bias_0"] * 2
+
+
+def test_the_mask_of_a_short_call_is_not_copied() -> None:
+    mask = Rule(1).mask(7)
+    q, k, v = (torch.randn(1, LAYOUT.seq_len, 2, 16).transpose(1, 2) for _ in range(3))
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda *x: attend(*x, mask, "masked")[0], backend=backend([]), dynamic=False
+    )
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(compiled, q, k, v)
+    assert "_scaled_dot_product_flash_attention_for_cpu" in code
+    assert "cpp_fused" not in code, code
+
+
+def test_masks_of_bodies_inside_of_a_graph() -> None:
+    mask, inlined = Rule(2, 1).mask(7), []
+    q, k, v = (torch.randn(1, 2, LAYOUT.seq_len, 16) for _ in range(3))
+
+    def model(q: Tensor) -> Tensor:
+        inside = [
+            checkpoint(lambda q: attend(q, k, v, mask, "masked")[0], q, use_reentrant=False)
+            for _ in range(2)
+        ]
+        return inside[0] + inside[1] + attend(q, k, v, mask, "masked")[0]
+
+    with torch.no_grad():
+        out = torch.compile(model, backend=backend(inlined), dynamic=False)(q)
+    assert inlined == [3]
+    exact, _ = oracle(q, k, v, mask, LAYOUT)
+    eager, _ = oracle(q, k, v, mask, LAYOUT, dtype=torch.float32)
+    assert_close_to_fp64(out, 3 * exact, 3 * eager, "out")
 
 
 def test_under_autocast_the_operator_chooses_the_dtype() -> None:
