@@ -200,7 +200,7 @@ def main() -> None:
                 parser.error(f"expected all rows of {name!r} in {arguments.output}; measure them")
             rows = old if len(old) == len(cases) else [{} for _ in cases]
             for index in part_of(arguments.part, len(cases)):
-                rows[index] = cases[index]()
+                rows[index] = {**cases[index](), "commit": facts["commit"]}
             report[name] = {"environment": facts, "rows": rows}
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

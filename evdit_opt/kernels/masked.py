@@ -18,7 +18,7 @@ from evdit_opt.kernels.dense import key_bias, lse_dtype
 from evdit_opt.kernels.geometry import Geometry
 from evdit_opt.masks import TileMask
 
-__all__ = ["MAX_SEQ", "attend_pairs", "check", "forward", "pair_bias"]
+__all__ = ["MAX_SEQ", "attend_pairs", "check", "forward", "pair_bias", "pair_dtype"]
 
 # Tokens of the longest sequence: its mask takes 16 MiB in float32, and the last few are kept.
 MAX_SEQ = 2048
@@ -86,6 +86,14 @@ def attend_pairs(
     if result.stride() == out.stride():
         return result, lse.contiguous()
     return out.copy_(result), lse.contiguous()
+
+
+def pair_dtype(log_weights: tuple[float, ...], dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a mask for inputs of ``dtype`` on a CPU, where its bytes cost time.
+
+    Zeros and -inf are exact in any, weights are not.
+    """
+    return lse_dtype(dtype) if any(log_weights) else dtype
 
 
 def _pair_bias(

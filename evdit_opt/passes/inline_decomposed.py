@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, fx
 
 from evdit_opt.kernels import dispatch, masked, traced
-from evdit_opt.kernels.dense import lse_dtype
 from evdit_opt.kernels.geometry import Geometry
 from evdit_opt.passes.graph import subgraphs, value_of
 
@@ -80,7 +79,7 @@ def _decide(node: fx.Node) -> tuple[str, Tensor | None]:
     impl = dispatch.decide(impl, q, k, v, attn_mask, *mask, geometry)
     if impl != "masked":
         return impl, None
-    return impl, masked.pair_bias(*mask, geometry, lse_dtype(q.dtype), q.device)
+    return impl, masked.pair_bias(*mask, geometry, masked.pair_dtype(mask[1], q.dtype), q.device)
 
 
 def _hold(gm: fx.GraphModule, body: fx.GraphModule, node: fx.Node, bias: Tensor) -> fx.Node:
