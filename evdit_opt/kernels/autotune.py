@@ -97,7 +97,10 @@ def remembered(key: Key, names: tuple[str, ...]) -> Choice | None:
 
 
 def choose(
-    key: Key, candidates: Mapping[str, Callable[[], object]], device: torch.device
+    key: Key,
+    candidates: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    tie: float = TIE,
 ) -> Choice:
     """Run the candidates in turns, remember the fastest and return it; the first of a tie.
 
@@ -108,10 +111,11 @@ def choose(
         key: the kind of call.
         candidates: name -> the call.
         device: where they run.
+        tie: who takes at most so many times as long as the fastest counts as fast.
     """
     best = _measure(candidates, device)
     fastest = min(best.values())
-    name = next(name for name in candidates if best.get(name, math.inf) <= TIE * fastest)
+    name = next(name for name in candidates if best.get(name, math.inf) <= tie * fastest)
     choice = Choice(name=name, milliseconds=best, key=key)
     _choices[key] = choice
     _write(_file(key), choice)

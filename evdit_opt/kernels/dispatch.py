@@ -31,6 +31,8 @@ IMPLEMENTATIONS = (
 TINY_SEQ = 128
 SHORT_SEQ = 1024
 DENSITY_BUCKETS = 16
+# Compiled, the merges and copies of "decomposed" take up to this share of its attention calls.
+AROUND = 1.1
 
 Arguments = tuple[
     Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...], tuple[float, ...], Geometry, float
@@ -104,8 +106,7 @@ def decide(
     """The implementation a name stands for on tensors like these: a compiler has no real ones.
 
     Where "auto" would measure at the first call, it is measured now, on random numbers. On a CPU
-    the compiler fuses what lies around the attention calls, so those alone are timed there: within
-    a tenth of the compiled times, which run it uncompiled exceeds by up to a half.
+    the compiler fuses what lies around the attention calls, so those alone are timed there.
 
     Args:
         impl: one of ``IMPLEMENTATIONS``.
@@ -126,7 +127,7 @@ def decide(
     if q.device.type != "cpu":
         return _fastest("forward", arguments, names, lambda name: run(name, arguments), True)
     calls = cache(partial(_attention_calls, arguments=arguments))
-    return _fastest("inlined forward", arguments, names, lambda name: calls(name)(), True)
+    return _fastest("inlined forward", arguments, names, lambda name: calls(name)(), True, AROUND)
 
 
 def _attention_calls(name: str, arguments: Arguments) -> Callable[[], object]:
@@ -265,10 +266,12 @@ def _fastest(
     names: tuple[str, ...],
     run: Callable[[str], object],
     is_random: bool = False,
+    tie: float = autotune.TIE,
 ) -> str:
     """The fastest of ``names``, known or measured; by rule of thumb where that is forbidden.
 
-    ``is_random``: the numbers are made up, so a compiler may be at work.
+    ``is_random``: the numbers are made up, so a compiler may be at work. ``tie``: as of
+    :func:`autotune.choose`.
     """
     if len(names) == 1:
         return names[0]
@@ -281,7 +284,7 @@ def _fastest(
         calls: dict[str, Callable[[], object]] = {
             name: partial(_candidate, run, name) for name in names
         }
-        choice = autotune.choose(key, calls, q.device)
+        choice = autotune.choose(key, calls, q.device, tie)
     return choice.name
 
 
