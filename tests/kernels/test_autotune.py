@@ -72,6 +72,7 @@ def test_a_tie_goes_to_the_first(
     choice = autotune.choose(KEY, runs, CPU)
     assert choice.name == name
     assert choice.milliseconds == times
+    assert autotune.choose(KEY, runs, CPU, tie=1.5).name == "first"  # wider
 
 
 @pytest.mark.parametrize("threads", [1, 2])
