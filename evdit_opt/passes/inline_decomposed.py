@@ -42,6 +42,8 @@ def inline_decomposed(gm: fx.GraphModule) -> int:
     inlined = 0
     for body in subgraphs(gm):
         for node in body.graph.find_nodes(op="call_function", target=OP):
+            for part in [part for part in node.users if not part.users]:
+                body.graph.erase_node(part)  # Dynamo leaves them in the bodies of its own operators
             if not _may_inline(node):
                 continue
             impl, bias = _decide(node)

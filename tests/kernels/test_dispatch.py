@@ -17,6 +17,7 @@ from evdit_opt.kernels import (
     decomposed,
     dispatch,
     masked,
+    pieces,
     reference,
     short_calls,
     tile_attention,
@@ -273,7 +274,7 @@ def test_only_the_dense_calls_of_what_is_inlined_are_timed() -> None:
         again = dispatch._attention_calls(name, arguments)
         with (
             mock.patch.object(torch, "cat", side_effect=AssertionError),
-            mock.patch.object(decomposed, "merge", side_effect=AssertionError),
+            mock.patch.object(pieces, "merge", side_effect=AssertionError),
         ):
             outs = again()
         pairs = sum(out.shape[0] * out.shape[2] for out, _ in outs)  # rows of every call
