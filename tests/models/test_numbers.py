@@ -17,7 +17,14 @@ SPARSE = [case for case in CASES if not case.refused]
 # padding of another length in each sample. hunyuan15: broken graphs, a mask over rows and keys.
 # mochi: samples of different length, one by one. helios: history. ltx: tokens as input, RoPE.
 KINDS = ("wan", "cogvideox", "hunyuan", "hunyuan15", "mochi", "helios", "ltx")
-kinds = pytest.mark.parametrize("case", [BY_NAME[name] for name in KINDS], ids=KINDS)
+kinds = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[] if case.name in KINDS else pytest.mark.nightly)
+        for case in SPARSE
+    ],
+)
+"""In every run one of each kind, all of them with ``-m nightly``."""
 
 # Inductor also fuses and reorders the rest of the model.
 FUSED = 4
