@@ -11,11 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evdit_opt import api
 from evdit_opt.apply import apply_plan, report, restore
+from evdit_opt.config import Config
 from evdit_opt.errors import PlanError
 from evdit_opt.grid import TokenLayout
 from evdit_opt.guard import ROWS, Guard, expected_errors
 from evdit_opt.masks import CACHED, Rule
+from evdit_opt.models import config_hash
 from evdit_opt.plan import Plan, RuleEvidence
 from evdit_opt.reuse import with_reuse
 from tests.models.branching_dit import make_branching, scope_plan
@@ -209,6 +212,16 @@ def test_what_a_plan_expects() -> None:
 def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match=next(iter(wrong))):
         Guard(**wrong)
+
+
+def test_optimize_hands_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = timed_toy()
+    plan = expecting(make_plan(model, toy_rules(2)), 9.0, 9.0)
+    plan = replace(plan, model_config_hash=config_hash(model))
+    monkeypatch.setattr(api, "make_plan", lambda *_: plan)
+    api.optimize(model, [], Config(inner="eager"), guard=ALWAYS)
+    call(model, conditioning(), 1.0)
+    assert [len(seen) for seen in guarding(model)._seen.values()] == [1, 1]
 
 
 def test_a_call_that_fails_leaves_no_check_behind() -> None:
