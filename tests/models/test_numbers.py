@@ -8,7 +8,7 @@ import torch
 from evdit_opt.apply import apply_plan, report, restore
 from evdit_opt.passes.observe_attention import observe
 from tests.models.case import Case, Shape
-from tests.models.comparison import Reference, compare_gradients, plan_of
+from tests.models.comparison import APART, Reference, compare_gradients, far, plan_of
 from tests.models.small_models import BY_NAME, CASES
 
 SPARSE = [case for case in CASES if not case.refused]
@@ -75,7 +75,11 @@ def test_a_batch_of_two(case: Case, dtype: torch.dtype) -> None:
     call = differing({name: cast(value, dtype) for name, value in case.inputs(shape).items()})
     reference = Reference(case, model, call, shape)
     apply_plan(model, plan_of(case, model, shape), inner="eager")
-    reference.check(model(**call)[0])
+    out = model(**call)[0]
+    if case.name not in KINDS and reference.gap <= APART * reference.bound:
+        assert far(out, reference.out) <= reference.bound
+        pytest.skip(f"in {dtype} rounding hides what the rules change in this small model")
+    reference.check(out)
 
 
 def differing(call: dict[str, Any]) -> dict[str, Any]:
