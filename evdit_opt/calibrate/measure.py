@@ -29,6 +29,9 @@ from evdit_opt.versions import installed_versions
 
 __all__ = ["Measurement", "measure_attention"]
 
+POSITIONS = 16
+"""Positions of every frame whose queries are looked at. No rules are scored, so there is time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
@@ -93,7 +96,7 @@ def _listen(
 ) -> tuple[dict[str, Tensor], dict[str, Pattern]]:
     """Run all items; the share of attention by tile, and the patterns, of every site."""
     masses = {
-        name: SiteRecord(layout, (), seed=config.seed + n)
+        name: SiteRecord(layout, (), seed=config.seed + n, positions=POSITIONS)
         for n, (name, layout) in enumerate(stage.layouts.items())
     }
     patterns = {

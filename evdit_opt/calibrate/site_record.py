@@ -18,7 +18,7 @@ from evdit_opt.masks import Rule
 __all__ = ["CandidateError", "ReuseError", "SiteRecord"]
 
 POSITIONS = 8
-"""Positions of every frame whose queries are looked at, the same ones in all frames and calls."""
+"""Positions of every frame whose queries score rules, the same ones in all frames and calls."""
 
 EVERY = 2
 """Of how many steps of a run one measures the rules that are applied in every step; the next run
@@ -78,10 +78,16 @@ class SiteRecord:
         rules: candidates that are applied in every step.
         reused: candidates between refreshes; none if the model is no denoiser with steps.
         seed: of the choice of positions and numbers.
+        positions: of every frame whose queries are looked at; None: ``POSITIONS``.
     """
 
     def __init__(
-        self, layout: TokenLayout, rules: Sequence[Rule], reused: Sequence[Rule] = (), seed: int = 0
+        self,
+        layout: TokenLayout,
+        rules: Sequence[Rule],
+        reused: Sequence[Rule] = (),
+        seed: int = 0,
+        positions: int | None = None,
     ) -> None:
         self.layout, self.rules, self.reused = layout, tuple(rules), tuple(reused)
         self.calls = 0
@@ -90,7 +96,7 @@ class SiteRecord:
         frames = layout.grid.frames
         self._random = torch.Generator().manual_seed(seed)
         tokens = layout.grid.tokens_per_frame
-        self._positions = torch.randperm(tokens, generator=self._random)[:POSITIONS]
+        self._positions = torch.randperm(tokens, generator=self._random)[: positions or POSITIONS]
         # The dense mask comes first, then the rules, then what is reused.
         dense = torch.zeros(frames, frames)
         masks = [_bias(rule, frames) for rule in (*self.rules, *self.reused)]

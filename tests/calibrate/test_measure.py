@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from evdit_opt import apply_plan, restore
 from evdit_opt.calibrate.figures import SiteFigures, site_figures
-from evdit_opt.calibrate.measure import measure_attention
+from evdit_opt.calibrate.measure import POSITIONS, measure_attention
 from evdit_opt.calibrate.pattern import Pattern, PatternRecord
 from evdit_opt.calibrate.site_record import SiteRecord
 from evdit_opt.cli import app
@@ -30,7 +30,7 @@ TOY = "tests.inspection.toys:good"
 
 def measured(q: torch.Tensor, k: torch.Tensor, layout: TokenLayout) -> SiteFigures:
     """What a recording of one call says; frames are small enough for every query to be sampled."""
-    record = SiteRecord(layout, ())
+    record = SiteRecord(layout, (), positions=POSITIONS)
     record.add(q, k, torch.randn_like(k))
     pattern = PatternRecord(layout)
     pattern.add(q, k)
