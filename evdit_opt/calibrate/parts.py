@@ -16,8 +16,9 @@ from evdit_opt.kernels.dense import attend, key_bias
 
 __all__ = ["Parts", "tile_parts"]
 
-MAX_ELEMENTS = 1 << 24
-"""Numbers that the parts of some heads may take at once: 64 MiB in float32."""
+MAX_ELEMENTS = 1 << 22
+"""Numbers that the parts of some heads may take at once: 16 MiB in float32. What all rules together
+make of them is several times as large."""
 
 
 @dataclass(frozen=True)

@@ -284,8 +284,9 @@ def _layer_table(plan: Plan) -> Table:
     for site in plan.sites:
         rule = "dense" if site.rule is None else site.rule.describe(plan.grid.frames)
         found = next((e for e in site.errors if site.rule and e.rule == rule), None)
-        errors = (f"{found.output:.3f}", f"{found.temporal:.3f}") if found else ("0", "0")
-        table.add_row(site.name, rule, f"{site.density:.3f}", *errors)
+        error = "-" if site.error is None else f"{site.error:.3f}"
+        temporal = f"{found.temporal:.3f}" if found else "-"
+        table.add_row(site.name, rule, f"{site.density:.3f}", error, temporal)
     return table
 
 
