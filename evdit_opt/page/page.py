@@ -149,8 +149,9 @@ def _steps(plan: Plan) -> Iterator[Html]:
     words = {
         "dense": "dense",
         "refresh": "dense, and what masks drop is kept",
-        "reuse": "masks, and what was kept is added"
-        + (", carried on the way it was going" if reuse.trend else ""),
+        "reuse": "masks, and what was kept goes on"
+        if reuse.trend
+        else "masks, and what was kept is added",
     }
     legend = [
         tag("span", tag("i", class_=mode), f"{modes.count(mode)} {text}")
