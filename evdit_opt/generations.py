@@ -89,7 +89,11 @@ class Generation:
             self._add_slopes(-self.ahead)
             self.ahead = 0.0
             # What they were: end_step makes slopes of it.
-            self.slopes = {name: own.value.clone() for name, own in self.residuals.items()}
+            for name, own in self.residuals.items():
+                if name in self.slopes:
+                    self.slopes[name].copy_(own.value)
+                else:
+                    self.slopes[name] = own.value.clone()
 
     def _add_slopes(self, share: float) -> None:
         if self.slopes and share:

@@ -1,6 +1,8 @@
 """Residuals carried on between refreshes: against the second implementation."""
 
+import inspect
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -49,6 +51,20 @@ def test_residuals_are_carried_on(inner: str) -> None:
             assert error(list(got), wanted) < CLOSE
     assert error(unmoved, right[0]) > 100 * CLOSE
     assert report(model).graphs == 2
+
+
+def test_slopes_take_as_much_as_residuals_and_stay_where_they_are() -> None:
+    model, inputs = timed_toy(), conditioning()
+    apply_plan(model, with_trend(reusing_plan(model)), inner="eager")
+    reusing: Any = inspect.unwrap(model._compiled_call_impl).func
+    sample(model, inputs, LEVELS[:2])
+    residuals = report(model).residual_bytes
+    call(model, inputs, LEVELS[2])
+    assert report(model).residual_bytes == 2 * residuals
+    (known,) = reusing._generations._known.values()
+    places = {name: slope.data_ptr() for name, slope in known.slopes.items()}
+    sample(model, inputs, LEVELS[3:])  # the third refresh
+    assert {name: slope.data_ptr() for name, slope in known.slopes.items()} == places
 
 
 def test_after_a_step_that_broke_off_nothing_is_carried_on() -> None:
