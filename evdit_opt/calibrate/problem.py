@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,9 +99,14 @@ class Problem:
         before, since, at = _pairs(schedule, len(self.levels))
         return self.drift[site].error(before, since, at, self.ahead[before, since, at])
 
+    @cached_property
+    def _damages(self) -> dict[tuple[str, int | None], Tensor]:
+        """What :meth:`damage_under` has worked out."""
+        return {}
+
     def damage_under(self, site: str, place: int | None) -> Tensor:
         """Damage ``[steps, steps, steps]`` at a site under one of its rules; None: under all."""
-        known: dict[Any, Tensor] = self.__dict__.setdefault("_damage_under", {})
+        known = self._damages
         if (site, place) not in known:
             own = self.drift[site]
             some = Drift(own.squares.mean(1, keepdim=True), own.scales)
