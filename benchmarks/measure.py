@@ -136,9 +136,10 @@ class Rows:
         return list(self.content["rows"])
 
     def add(self, name: str, row: Mapping[str, Any]) -> None:
-        """Add a row, with the commit it is of, and write the file."""
+        """Add a row, with the commit that it is of if it does not say so, and write the file."""
         facts = self.content["environment"]
-        self.content["rows"][name] = {**row, "commit": facts["commit"], "date": facts["date"]}
+        known = {key: row.get(key, facts[key]) for key in ("commit", "date")}
+        self.content["rows"][name] = {**row, **known}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")

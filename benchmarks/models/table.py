@@ -15,6 +15,8 @@ PAGE = ROOT / "docs/models.md"
 RESULTS = ROOT / "benchmarks" / "results" / "cpu" / "models.json"
 BLOCK = re.compile(r"(<!-- models: .*? -->\n).*?(<!-- /models -->)", re.DOTALL)
 
+REFUSED = re.compile(r"refused: (.*)", re.DOTALL)
+
 # How much further away than rounding the dense model must be for "equal" to mean anything.
 APART = 4
 
@@ -86,8 +88,10 @@ def counted(entries: Any) -> dict[str, int]:
 
 
 def plain(reason: str) -> str:
-    """A reason without the numbers of one call."""
-    return re.sub(r" \(\d+ instead of \d+\)", "", reason)
+    """A reason without the numbers and symbols of one call."""
+    reason = re.sub(r" \(\d+ instead of \d+\)", "", reason)
+    untraced = re.match(r"expected a \w+ that torch.export can .*? cannot: (.*?) \w+\(", reason)
+    return f"torch.export: {untraced[1]}" if untraced else reason
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -97,6 +101,8 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "graph": graph,
     "output": lambda row: equal(row, "forward"),
     "gradients": lambda row: equal(row, "backward"),
+    "torch.export": lambda row: equal(row, "export"),
+    "in ATen": lambda row: equal(row, "export_aten"),
 }
 """A further column is a function of the record here, and one that measures in measure_models.py."""
 
@@ -105,15 +111,21 @@ def table(content: dict[str, Any]) -> str:
     """The page's block for the content of models.json."""
     rows, facts = content["rows"], content["environment"]
     legend: list[str] = []
+
+    def letter(reason: str) -> str:
+        if reason not in legend:
+            legend.append(reason)
+        return f"({ascii_lowercase[legend.index(reason)]})"
+
+    def refused(found: re.Match[str]) -> str:
+        return f"refused {letter(plain(found[1]))}"
+
     lines = [["configuration", *COLUMNS, "left alone"]]
     lines.append(["---"] * len(lines[0]))
     for name, row in sorted(rows.items()):
-        alone = []
-        for reason, count in reasons(row).items():
-            if reason not in legend:
-                legend.append(reason)
-            alone.append(f"{count} ({ascii_lowercase[legend.index(reason)]})")
-        lines.append([name, *(cell(row) for cell in COLUMNS.values()), ", ".join(alone)])
+        alone = [f"{count} {letter(reason)}" for reason, count in reasons(row).items()]
+        cells = [REFUSED.sub(refused, cell(row)) for cell in COLUMNS.values()]
+        lines.append([name, *cells, ", ".join(alone)])
     shapes = [one for row in rows.values() for one in row["detection"].values()]
     found, expected, false = (sum(x[key] for x in shapes) for key in ("found", "expected", "false"))
     return "\n".join(
@@ -124,7 +136,7 @@ def table(content: dict[str, Any]) -> str:
             "",
             *("| " + " | ".join(line) + " |" for line in lines),
             "",
-            "Left alone, because:",
+            "Left alone or refused, because:",
             "",
             *(f"- ({ascii_lowercase[n]}) {reason}" for n, reason in enumerate(legend)),
             "",

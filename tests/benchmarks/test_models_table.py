@@ -43,6 +43,8 @@ def test_the_record_is_of_this_case_and_complete(case: Case) -> None:
     if not case.refused:
         assert row["forward"]["rewritten"] == len(case.layouts())
         assert SCRIPT["equal"](row, "forward") == "equal"
+        assert SCRIPT["equal"](row, "export").startswith(("equal", "refused: expected a"))
+        assert SCRIPT["equal"](row, "export_aten").startswith(("equal", "refused: expected a"))
 
 
 def record(**parts: Any) -> dict[str, Any]:
@@ -55,16 +57,19 @@ def record(**parts: Any) -> dict[str, Any]:
     return {"class": "A", "tokens": "", "detection": {"usual": usual}, "forward": same, **parts}
 
 
-def cells(row: dict[str, Any]) -> list[str]:
+def page(row: dict[str, Any]) -> str:
     facts = {"torch": "t", "diffusers": "d", "date": "2000-01-01"}
-    text = SCRIPT["table"]({"environment": facts, "rows": {"model": row}})
-    (line,) = (line for line in text.splitlines() if line.startswith("| model |"))
+    return SCRIPT["table"]({"environment": facts, "rows": {"model": row}})
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    (line,) = (line for line in page(row).splitlines() if line.startswith("| model |"))
     return line.strip("| ").split(" | ")
 
 
 def test_a_row() -> None:
     assert cells(record()) == [
-        "model", "A", "2 / 2", "7 + 72 + 0", "full", "equal", "", "1 (a), 2 (b)",
+        "model", "A", "2 / 2", "7 + 72 + 0", "full", "equal", "", "", "", "1 (a), 2 (b)",
     ]  # fmt: skip
 
 
@@ -72,7 +77,17 @@ def test_nothing_is_called_equal_that_is_not() -> None:
     off = {"error": 2e-8, "bound": 1e-8, "gap": 1e-2}
     assert cells(record(backward=off))[6] == "off by 2.0e-08"
     assert cells(record(backward={**off, "error": 0.0, "gap": 2e-8}))[6].startswith("proves")
-    assert cells(record(backward={"refused": "why"}))[6] == "refused: why"
+
+
+def test_what_is_refused_has_a_letter_like_what_is_left_alone() -> None:
+    untraced = (
+        "expected a ToyDiT that torch.export can trace as a whole, it cannot: Could not guard on "
+        "data-dependent expression Eq(u0, 1) (unhinted: Eq(u0, 1)). Use evdit_opt.apply_plan"
+    )
+    row = record(backward={"refused": "causal"}, export={"refused": untraced})
+    assert cells(row)[6:] == ["refused (a)", "refused (c)", "", "1 (a), 2 (b)"]
+    reason = "torch.export: Could not guard on data-dependent expression"
+    assert f"- (c) {reason}" in page(row)
 
 
 def test_a_refused_model_says_why() -> None:
