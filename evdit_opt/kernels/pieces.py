@@ -60,7 +60,9 @@ class Piece:
         return 1 if self.block is None else self.block.count
 
 
-def pieces_of(plan: Decomposition, geometry: Geometry, q: Tensor, kv_heads: int) -> list[Piece]:
+def pieces_of(
+    plan: Decomposition, geometry: Geometry, q: Tensor, kv_heads: int, rows: int | None = None
+) -> list[Piece]:
     """The pieces of a call; they cover every query once.
 
     Args:
@@ -68,8 +70,9 @@ def pieces_of(plan: Decomposition, geometry: Geometry, q: Tensor, kv_heads: int)
         geometry: frames and text of the sequence.
         q: ``[batch, heads, seq, head_dim]``; its sizes and its device count.
         kv_heads: heads of k and v.
+        rows: at most so many frames in a block; None: what suits the device.
     """
-    blocks = plan.blocks(rows_per_block(geometry, q.device.type))
+    blocks = plan.blocks(rows or rows_per_block(geometry, q.device.type))
     dense = geometry.ranges(plan.dense, with_text=True)
     # The rows of a block take the place of the batch.
     one_by_one = q.shape[0] > 1 and any(block.count > 1 for block in blocks)

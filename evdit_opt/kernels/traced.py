@@ -1,11 +1,15 @@
 """The decomposition as a compiler should see it: few kernels, and the same ones for many rules.
 
-Compiling C++ is what an optimized model costs on a CPU (docs/notes/compile_cost.md). So tensors are
-reordered by an index, which is data, and parts are not overwritten.
+Compiling C++ is what an optimized model costs on a CPU (docs/notes/compile_cost.md). So everything
+that depends on the rule is data: in which order tensors are read, and who has which part of what.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +17,7 @@ from evdit_opt.kernels.decomposed import Take, attend_pieces
 from evdit_opt.kernels.decomposition import decompose
 from evdit_opt.kernels.geometry import Geometry, Ranges, take
 from evdit_opt.kernels.merge import merge
-from evdit_opt.kernels.pieces import pieces_of, put
+from evdit_opt.kernels.pieces import Part, Piece, pieces_of
 
 __all__ = ["forward", "take_reordered"]
 
@@ -30,15 +34,84 @@ def forward(
 ) -> Tensor:
     """The output of :func:`evdit_opt.kernels.decomposed.forward`, without its log-sum-exp."""
     plan = decompose(intervals, log_weights, geometry.frames)
-    pieces = pieces_of(plan, geometry, q, k.shape[1])
-    parts = attend_pieces(pieces, plan, q, k, v, attn_mask, geometry, scale, take_of=take_reordered)
+    rows_for_batch = any(block.count > 1 for block in plan.blocks(geometry.frames))
+    samples = [slice(n, n + 1) for n in range(q.shape[0])] if rows_for_batch else [slice(None)]
     out = torch.empty_like(q)
-    for piece, (first, *others) in zip(pieces, parts, strict=True):
-        rows, lse = first
-        for part in others:
-            rows, lse = merge(rows, lse, *part, attn_mask is not None, in_place=False)
-        put(rows, piece, out)
+    for sample in samples:
+        mask = attn_mask
+        if attn_mask is not None and attn_mask.shape[0] > 1:
+            mask = attn_mask[sample]
+        tensors = q[sample], k[sample], v[sample], mask
+        pieces = pieces_of(plan, geometry, tensors[0], k.shape[1], geometry.frames)
+        parts = attend_pieces(pieces, plan, *tensors, geometry, scale, take_of=take_reordered)
+        for heads, group in groupby(zip(pieces, parts, strict=True), lambda pair: pair[0].heads):
+            (rows, lse), *others = _layers(group, geometry.seq_len)
+            for other in others:
+                rows, lse = merge(rows, lse, *other, attn_mask is not None, in_place=False)
+            out[sample, heads] = rows.transpose(1, 2)
     return out
+
+
+def _layers(computed: Iterable[tuple[Piece, list[Part]]], seq: int) -> list[Part]:
+    """The first parts of all pieces in the order of the tokens, the second parts, and so on.
+
+    Returns:
+        Per layer rows ``[batch, seq, heads, dim]``, 0 where a token has no such part, and their
+        log-sum-exp ``[batch, seq, heads]``, -inf there.
+    """
+    layers: list[list[Part]] = []
+    for piece, parts in computed:
+        for n, (rows, lse) in enumerate(parts):
+            layers[n:] = layers[n:] or [[]]
+            in_order = _in_order(rows, piece, seq, 0.0)
+            lse_in_order = _in_order(lse.unsqueeze(-1), piece, seq, -math.inf).squeeze(-1)
+            layers[n].append((in_order, lse_in_order))
+    # Every token is in one of the pieces.
+    return [
+        (
+            reduce(torch.add, [rows for rows, _ in layer]),
+            reduce(torch.maximum, [lse for _, lse in layer]),
+        )
+        for layer in layers
+    ]
+
+
+def _in_order(x: Tensor, piece: Piece, seq: int, missing: float) -> Tensor:
+    """A part in the order of the tokens.
+
+    Elements are numbered as they lie in memory, because a stride is a size, and sizes depend on the
+    rule: what is left of them in the kernel is the table of numbers.
+
+    Args:
+        x: ``[rows | batch, heads, queries, dim]``.
+        piece: whose part it is.
+        seq: tokens of the sequence.
+        missing: what tokens get that the piece does not have.
+
+    Returns:
+        ``[batch, seq, heads, dim]``.
+    """
+    query = np.full((1, seq, 1), -1)
+    tokens = np.concatenate([np.arange(*bounds) for bounds in piece.ranges])
+    query[0, tokens, 0] = np.arange(len(tokens))
+    there, row = query >= 0, np.arange(x.shape[0])[:, None, None]
+    if piece.rows > 1:
+        row, query = np.divmod(query, x.shape[2])
+    # Each [batch, seq, heads].
+    places = [*np.broadcast_arrays(row, np.arange(x.shape[1]), query)]
+    order = sorted(range(3), key=lambda dim: -x.stride()[dim])
+    if order[2] == 1:  # a token's heads lie side by side, and go together
+        order, places, there = order[:2], [place[..., 0] for place in places], there[..., 0]
+    numbers = np.ravel_multi_index(
+        [places[dim] for dim in order], [x.shape[dim] for dim in order], mode="wrap"
+    )
+    index = torch.tensor(np.where(there, numbers, -1))
+    heads = [1] if index.ndim == 2 else []
+    elements = x.permute(*order, *heads, 3).flatten(0, len(order) - 1)
+    size = (*index.shape[:2], x.shape[1], x.shape[3])
+    known = (index >= 0).reshape(index.shape + (1,) * (4 - index.ndim)).expand(size)
+    taken: Tensor = torch.ops.aten._unsafe_masked_index(elements, known, [index], missing)
+    return taken
 
 
 def take_reordered(wanted: Sequence[Ranges]) -> Take:

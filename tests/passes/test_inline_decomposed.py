@@ -68,8 +68,8 @@ def test_inductor_computes_the_pieces(rule: Rule, impl: str) -> None:
     assert_close_to_fp64(out, exact(torch.float64), exact(torch.float32), "out")
 
 
-def test_rules_share_what_reorders() -> None:
-    """Kernels are what compiling costs: of three rules only the merges differ."""
+def test_rules_share_kernels() -> None:
+    """Kernels are what compiling costs: what reorders and what merges serve every rule."""
     rules, inlined = [Rule(2), Rule(3), Rule(2, spacing="centred")], []
 
     def model(x: Tensor) -> Tensor:  # [1, seq, 3 * heads * head_dim]
@@ -87,8 +87,8 @@ def test_rules_share_what_reorders() -> None:
     assert inlined == [3]
     kernels = [line.split(" = ")[0] for line in code.splitlines() if "async_compile.cpp" in line]
     merges = [name for name in kernels if "sigmoid" in name]
-    assert len(merges) == len(rules)
-    assert len(kernels) - len(merges) <= 2, kernels
+    assert len(merges) == 2, kernels  # after the last one nothing is reordered
+    assert len(kernels) <= 4, kernels
 
 
 def test_two_masks_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
