@@ -155,10 +155,13 @@ def load(file: Path) -> bool:
 def check(content: bytes, file: Path) -> bool:
     """:func:`load`, twice: within the time, and within the memory."""
     file.write_bytes(content)
-    start = time.process_time()
-    found = load(file)
-    seconds = time.process_time() - start
-    assert seconds < SECONDS, f"{seconds:.2f} s of CPU time"
+    for last in (False, True):  # what else a core does can double the CPU time
+        start = time.process_time()
+        found = load(file)
+        seconds = time.process_time() - start
+        if seconds < SECONDS:
+            break
+        assert not last, f"{seconds:.2f} s of CPU time"
     tracemalloc.start()
     try:
         assert load(file) == found
