@@ -84,10 +84,20 @@ def _train(path: Path) -> tuple[str, dict[str, Any]]:
 
 def _rehearse(path: Path) -> tuple[str, dict[str, Any]]:
     """Try; what it would take, for people and for programs."""
+    from evdit_opt.distill.encode import check_videos
     from evdit_opt.distill.rehearsal import rehearse
 
     run = _load(path)
     told = [f"{len(run.prompts)} prompts, {run.steps} steps; nothing was trained or written"]
+    videos, learns = None, "consistency" in run.config.stages
+    if learns and run.config.data is not None:
+        videos = check_videos(run.pipe, run.config.data, run.search.pipe_kwargs)
+        peak = "" if videos.peak_gib is None else f", {videos.peak_gib:.2f} GiB at the peak"
+        told.append(
+            f"{videos.usable} videos to encode: {videos.disk_gib:.3f} GiB on disk{peak}; about "
+            f"{videos.seconds / 60:.1f} minutes; {len(videos.skipped)} left out"
+        )
+        told += [f"left out: {reason}" for reason in videos.skipped]
     done = {item.stage: item for item in rehearse(run)}
     for name in run.config.stages:
         if name not in done:
@@ -100,12 +110,13 @@ def _rehearse(path: Path) -> tuple[str, dict[str, Any]]:
             f"{item.weights_gib:.2f} GiB of weights, {item.training_gib:.2f} GiB of gradients and "
             f"averages{peak}; about {item.seconds / 60:.1f} minutes"
         )
-    if "consistency" in run.config.stages and run.config.latents is None:
+    if learns and run.config.latents is None and run.config.data is None:
         calls = run.config.clips * run.config.full_steps
         told.append(f"before that the teacher makes {run.config.clips} latents: {calls} steps")
     facts = {
         "prompts": len(run.prompts),
         "steps": run.steps,
+        "videos": None if videos is None else asdict(videos),
         "stages": [asdict(item) for item in done.values()],
         "not_tried": [name for name in run.config.stages if name not in done],
     }

@@ -30,6 +30,7 @@ class Conditions:
         pipe: a diffusers pipeline whose denoiser takes ``hidden_states`` and ``timestep``.
         prompts: doubles are computed once.
         call: further arguments of the pipeline's calls; the guidance scale is set to 1 here.
+        stored: further prompts with their part of the call, from `text_of` of an earlier run.
 
     Attributes:
         shape: of one clip's latents, [channels, frames, height, width] or as the model has it.
@@ -39,7 +40,14 @@ class Conditions:
     """
 
     @torch.no_grad()
-    def __init__(self, pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: Sequence[str],
+        call: Mapping[str, Any],
+        stored: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+    ) -> None:
+        self.stored = stored or {}
         self.of: dict[str, dict[str, Any]] = {}
         self.shape: tuple[int, ...] = ()
         unguided = {**call, "guidance_scale": 1.0}
@@ -64,9 +72,26 @@ class Conditions:
                 "example with max_sequence_length"
             )
 
+    def text_of(self, prompt: str) -> dict[str, torch.Tensor]:
+        """What only this prompt's calls are given: tensors [1, ...] by argument, to be stored."""
+        return {
+            name: value
+            for name, value in self.of[prompt].items()
+            if name.startswith(OF_A_PROMPT) and isinstance(value, torch.Tensor)
+        }
+
+    def _row(self, prompt: str) -> dict[str, Any]:
+        if prompt in self.of:
+            return self.of[prompt]
+        shared, text = next(iter(self.of.values())), self.stored[prompt]
+        return {
+            name: text[name].to(value.device) if name in text else value
+            for name, value in shared.items()
+        }
+
     def bind(self, model: nn.Module, prompts: Sequence[str]) -> Model:
         """The model with a batch of prompts, as a function of input and timesteps."""
-        rows = [self.of[prompt] for prompt in prompts]
+        rows = [self._row(prompt) for prompt in prompts]
         kwargs = {
             name: torch.cat([row[name] for row in rows])
             if name.startswith(OF_A_PROMPT) and isinstance(value, torch.Tensor)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from evdit_opt.distill.encode import VideoData
 from evdit_opt.distill.knowledge import KnowledgeWeights
 from evdit_opt.distill.loop import TrainingConfig
 from evdit_opt.errors import DistillationError
@@ -39,8 +40,9 @@ class FinetuneConfig:
         lora_rank: train adapters of this rank; None: all weights.
         lora_modules: names of the linear layers that get adapters.
         clips: latents the teacher makes from the prompts, ``full_steps`` steps each, where no
-            ``latents`` are given. Consistency distillation draws from them.
-        latents: a folder of `evdit_opt.distill.data.write_shards`, instead.
+            ``latents`` or ``data`` are given. Consistency distillation draws from them.
+        latents: a folder of `evdit_opt.distill.data.write_shards` or ``write_stream``, instead.
+        data: videos with captions, instead; they are encoded once.
         seed: of the clips' noise and everything drawn.
     """
 
@@ -60,6 +62,7 @@ class FinetuneConfig:
     lora_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     clips: int = 64
     latents: Path | None = None
+    data: VideoData | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -81,6 +84,8 @@ class FinetuneConfig:
             raise DistillationError(f"expected lora_rank above 0 or none, got {self.lora_rank!r}")
         if self.huber is not None and not self.huber > 0:
             raise DistillationError(f"expected huber above 0 or none, got {self.huber!r}")
+        if self.latents is not None and self.data is not None:
+            raise DistillationError("expected latents or data, got both; leave one out")
         if not self.guidance >= 1:
             raise DistillationError(f"expected guidance of at least 1, got {self.guidance!r}")
 
@@ -134,9 +139,13 @@ def read_config(path: Path) -> Job:
         ("consistency", TrainingConfig),
         ("knowledge", TrainingConfig),
         ("weights", KnowledgeWeights),
+        ("data", VideoData),
     ):
         if name in given:
-            given[name] = _made(kind, _known(kind, given[name], f"finetune.{name}"), name)
+            values_of = _known(kind, given[name], f"finetune.{name}")
+            if "videos" in values_of:
+                values_of["videos"] = path.parent / str(values_of["videos"])
+            given[name] = _made(kind, values_of, name)
     for name in ("folder", "latents"):
         if given.get(name) is not None:
             given[name] = path.parent / str(given[name])

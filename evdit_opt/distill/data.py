@@ -8,93 +8,244 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from evdit_opt.errors import DistillationError
 
-__all__ = ["LatentShards", "teacher_latents", "write_shards"]
+__all__ = [
+    "LatentShards",
+    "Sample",
+    "SkipClip",
+    "StoredTexts",
+    "teacher_latents",
+    "write_shards",
+    "write_stream",
+]
 
 logger = logging.getLogger(__name__)
+
+TEXT = "text."
+"""Tensors of a shard whose names begin so are arguments of the denoiser, a row for each clip."""
+
+
+class Sample(NamedTuple):
+    """What one clip of the data is.
+
+    Attributes:
+        latent: [channels, frames, height, width], any dtype, as the denoiser takes it.
+        caption: its text.
+        text: that text as the denoiser takes it, tensors [1, ...] by argument; none: it is
+            encoded again by every run.
+    """
+
+    latent: torch.Tensor
+    caption: str
+    text: Mapping[str, torch.Tensor] = MappingProxyType({})
+
+
+class SkipClip(Exception):
+    """Raised by what makes a sample: leave this one out, for the reason given."""
 
 
 def write_shards(
     folder: Path,
     count: int,
-    make: Callable[[int], tuple[torch.Tensor, str]],
+    make: Callable[[int], Sample | tuple[torch.Tensor, str]],
     per_shard: int = 16,
     made_of: Mapping[str, str] | None = None,
+    sources: Sequence[str] | None = None,
 ) -> None:
     """Write ``count`` latents with their captions; what is there already is kept.
 
     Args:
         folder: of the shards.
         count: how many.
-        make: ``make(n)`` gives the n-th latent [channels, frames, height, width], any dtype, as
-            the denoiser takes it, and its caption.
+        make: ``make(n)`` gives the n-th, or its latent and caption, or raises `SkipClip`.
         per_shard: latents a file; the last one may hold fewer.
         made_of: what the latents depend on. Shards that were made of something else are refused.
+        sources: what each one is made of. Shards with others are refused too.
 
     Raises:
-        DistillationError: shards of something else in the folder, or the disk is full.
+        DistillationError: shards of something else in the folder, or a damaged one, or the disk is
+            full.
     """
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     origin = json.dumps({"per_shard": per_shard, **(made_of or {})}, sort_keys=True)
     for begin in range(0, count, per_shard):
         path = folder / f"{begin:08d}.safetensors"
         numbers = range(begin, min(begin + per_shard, count))
-        if path.exists():
-            with safe_open(path, "pt") as file:
-                known = file.metadata()
-            if known["made_of"] != origin:
+        theirs = None if sources is None else [sources[number] for number in numbers]
+        if path.exists() and _tried(path, origin, theirs) == len(numbers):
+            continue
+        _write_shard(path, numbers, make, {"made_of": origin, "sources": json.dumps(theirs)})
+    if sources is not None:
+        for path in folder.glob("*.safetensors"):
+            if int(path.stem) >= count:
                 raise DistillationError(
-                    f"expected {path} to be made of {origin}, it is of {known['made_of']}; "
-                    "choose another folder"
+                    f"expected latents of {count} clips in {folder}, {path.name} holds later ones; "
+                    "remove it, or choose another folder"
                 )
-            if len(json.loads(known["captions"])) == len(numbers):
-                continue
-        pairs = [make(number) for number in numbers]
-        partial = path.with_name(path.name + ".partial")
+
+
+def write_stream(
+    folder: Path, samples: Iterable[Sample | tuple[torch.Tensor, str]], per_shard: int = 16
+) -> None:
+    """Write the latents of an iterator; started again with an equal one, it goes on.
+
+    What is on disk already is taken from the iterator too, and dropped.
+
+    Args:
+        folder: of the shards.
+        samples: as many as there are, or their latents and captions.
+        per_shard: latents a file; the last one may hold fewer.
+
+    Raises:
+        DistillationError: as `write_shards`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    origin = json.dumps({"per_shard": per_shard}, sort_keys=True)
+    stream, begin = iter(samples), 0
+    while held := list(islice(stream, per_shard)):
+        path = folder / f"{begin:08d}.safetensors"
+        captions = [Sample(*sample).caption for sample in held]
+        if not path.exists() or _tried(path, origin, captions) != len(held):
+            made = {"made_of": origin, "sources": json.dumps(captions)}
+            _write_shard(path, range(len(held)), held.__getitem__, made, begin)
+        begin += len(held)
+
+
+def _tried(path: Path, origin: str, sources: Sequence[str] | None) -> int:
+    """How many clips a shard was made of; it is refused if they are others."""
+    known = _open(path).metadata()
+    if known["made_of"] != origin:
+        raise DistillationError(
+            f"expected {path} to be made of {origin}, it is of {known['made_of']}; "
+            "choose another folder"
+        )
+    skipped = json.loads(known.get("skipped", "[]"))
+    tried = len(json.loads(known["captions"])) + len(skipped)
+    theirs = json.loads(known.get("sources", "null"))
+    if sources is not None and theirs != list(sources[:tried]):
+        pairs = zip_longest(theirs or (), sources)
+        changed = next(f"{old!r}, now {new!r}" for old, new in pairs if old != new)
+        raise DistillationError(
+            f"expected {path} to be made of the clips given, it is of others ({changed}); remove "
+            "it to encode its clips again, or choose another folder"
+        )
+    for reason in skipped:
+        logger.warning("left out: %s", reason)
+    return tried
+
+
+def _write_shard(
+    path: Path,
+    numbers: Sequence[int],
+    make: Callable[[int], Sample | tuple[torch.Tensor, str]],
+    metadata: dict[str, str],
+    before: int = 0,
+) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    samples: list[Sample] = []
+    skipped: list[str] = []
+    for number in numbers:
         try:
-            save_file(
-                {"latents": torch.stack([latent.cpu() for latent, _ in pairs])},
-                partial,
-                {"captions": json.dumps([text for _, text in pairs]), "made_of": origin},
-            )
-            os.replace(partial, path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise DistillationError(
-                f"expected to write {path}: {error}; {begin} latents are kept, make room and "
-                "start again"
-            ) from error
+            samples.append(Sample(*make(number)))
+        except SkipClip as reason:
+            logger.warning("left out: %s", reason)
+            skipped.append(str(reason))
+    tensors = {}
+    if samples:
+        tensors["latents"] = torch.stack([sample.latent.cpu() for sample in samples])
+        for name in samples[0].text:
+            tensors[TEXT + name] = torch.cat([sample.text[name].cpu() for sample in samples])
+    metadata |= {
+        "captions": json.dumps([sample.caption for sample in samples]),
+        "skipped": json.dumps(skipped),
+    }
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(tensors, partial, metadata)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise DistillationError(
+            f"expected to write {path}: {error}; {before + numbers[0]} latents are kept, make room "
+            "and start again"
+        ) from error
+
+
+def _open(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise DistillationError(
+            f"expected latents and captions in {path}, cannot read them: {error}; remove the file "
+            "and encode again"
+        ) from error
+
+
+class StoredTexts(Mapping[str, dict[str, torch.Tensor]]):
+    """Captions whose text is on disk, as the denoiser takes it; read when it is asked for."""
+
+    def __init__(self) -> None:
+        self._where: dict[str, tuple[Any, int]] = {}
+
+    def add(self, file: Any, captions: Sequence[str]) -> None:
+        """Know the captions of one more shard."""
+        self._where |= {caption: (file, row) for row, caption in enumerate(captions)}
+
+    def __getitem__(self, caption: str) -> dict[str, torch.Tensor]:
+        file, row = self._where[caption]
+        names = [name for name in file.keys() if name.startswith(TEXT)]
+        return {name[len(TEXT) :]: file.get_slice(name)[row : row + 1] for name in names}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
 
 
 class LatentShards:
     """Latents on disk by number; a shard is read when it is first needed, and stays mapped.
+
+    Attributes:
+        captions: by number.
+        texts: those of them that need no text encoder any more.
+        skipped: a line for each clip that was left out.
 
     Raises:
         DistillationError: no shards, or one that cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         self.captions: list[str] = []
+        self.texts = StoredTexts()
+        self.skipped: list[str] = []
         self._where: list[tuple[Any, int]] = []
         for path in sorted(folder.glob("*.safetensors")):
+            file = _open(path)
             try:
-                file = safe_open(path, "pt")
+                names = set(file.keys())
                 captions = json.loads(file.metadata()["captions"])
-                rows = file.get_slice("latents").get_shape()[0]
-            except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+                self.skipped += json.loads(file.metadata().get("skipped", "[]"))
+                rows = file.get_slice("latents").get_shape()[0] if captions else 0
+            except (KeyError, TypeError, ValueError, SafetensorError) as error:
                 raise DistillationError(
                     f"expected latents and captions in {path}, cannot read them: {error}; remove "
                     "the file and encode again"
@@ -105,8 +256,13 @@ class LatentShards:
                 )
             self.captions += captions
             self._where += [(file, row) for row in range(rows)]
+            if any(name.startswith(TEXT) for name in names):
+                self.texts.add(file, captions)
         if not self._where:
-            raise DistillationError(f"expected *.safetensors with latents in {folder}, found none")
+            left = f"; left out: {'; '.join(self.skipped[:5])}" if self.skipped else ""
+            raise DistillationError(
+                f"expected *.safetensors with latents in {folder}, found none{left}"
+            )
 
     def __len__(self) -> int:
         return len(self._where)
@@ -147,7 +303,7 @@ def teacher_latents(
         call: further arguments of every call.
     """
 
-    def make(number: int) -> tuple[torch.Tensor, str]:
+    def make(number: int) -> Sample:
         prompt = prompts[number % len(prompts)]
         made = pipe(
             prompt,
@@ -157,7 +313,7 @@ def teacher_latents(
             **call,
         )
         logger.debug("latent %d of %d", number + 1, count)
-        return made.frames[0].float(), prompt
+        return Sample(made.frames[0].float(), prompt)
 
     described = {"seed": str(seed), "steps": str(steps), "call": _text(call)}
     write_shards(folder, count, make, made_of={**described, "prompts": _text(prompts)})

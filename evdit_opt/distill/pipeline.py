@@ -22,6 +22,7 @@ from evdit_opt.distill.adapters import add_lora, load_weights, save_weights
 from evdit_opt.distill.conditions import Conditions
 from evdit_opt.distill.config import FinetuneConfig
 from evdit_opt.distill.data import LatentShards, teacher_latents
+from evdit_opt.distill.encode import encode_videos
 from evdit_opt.distill.knowledge import SiteOutputs
 from evdit_opt.distill.loop import Losses, TrainingConfig, train
 from evdit_opt.distill.saved import save_finetuned
@@ -156,7 +157,7 @@ class Finetuning:
             if self.plan is not None:
                 apply.apply_plan(self.model, self.plan, inner="eager")
             try:
-                setting = self._setting(self.steps, latents.captions)
+                setting = self._setting(self.steps, latents)
                 yield consistency_stage(setting, self.teacher, latents), config.consistency
             finally:
                 if self.plan is not None:
@@ -177,7 +178,7 @@ class Finetuning:
         watched, wanted = SiteOutputs(self.model, sites), SiteOutputs(teacher, sites)
         apply.apply_plan(self.model, self.plan, inner="eager")
         try:
-            setting = self._setting(edges, ())
+            setting = self._setting(edges)
             guidance = 1.0 if done else config.guidance
             yield knowledge_stage(setting, teacher, watched, wanted, guidance), config.knowledge
         finally:
@@ -211,6 +212,8 @@ class Finetuning:
         if config.latents is not None:
             return LatentShards(config.latents)
         folder = config.folder / "latents"
+        if config.data is not None:
+            return encode_videos(self.pipe, config.data, folder, self.search.pipe_kwargs)
         self.pipe.transformer = self.teacher
         try:
             teacher_latents(
@@ -232,9 +235,11 @@ class Finetuning:
             call["negative_prompt"] = self.config.negative_prompt
         return call
 
-    def _setting(self, edges: int, captions: Sequence[str]) -> Setting:
+    def _setting(self, edges: int, latents: LatentShards | None = None) -> Setting:
         config = self.config
-        prompts = [*self.prompts, *captions, config.negative_prompt]
+        texts = {} if latents is None else latents.texts
+        captions = [] if latents is None else [c for c in latents.captions if c not in texts]
+        prompts = [config.negative_prompt, *self.prompts, *captions]
         return Setting(
             config=config,
             segments=segments_of(
@@ -243,7 +248,7 @@ class Finetuning:
                 full_steps=config.full_steps,
                 time_shift=config.time_shift,
             ),
-            conditions=Conditions(self.pipe, prompts, self.search.pipe_kwargs),
+            conditions=Conditions(self.pipe, prompts, self.search.pipe_kwargs, texts),
             prompts=self.prompts,
             device=next(self.model.parameters()).device,
         )

@@ -43,6 +43,7 @@ class _MadeUp:
 
     def __init__(self, conditions: Conditions, captions: tuple[str, ...]) -> None:
         self.conditions, self.captions = conditions, list(captions)
+        self.texts: dict[str, dict[str, torch.Tensor]] = {}
 
     def take(self, numbers: list[int]) -> torch.Tensor:
         return torch.randn(len(numbers), *self.conditions.shape)

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import imageio.v3 as iio
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -36,6 +38,28 @@ def test_a_dry_run_tells_cost_and_writes_nothing(tmp_path: Path) -> None:
     assert "knowledge: not tried" in done.output
     assert "the teacher makes 64 latents: 384 steps" in done.output
     assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"]
+
+
+def test_a_dry_run_looks_at_the_videos(tmp_path: Path) -> None:
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for name in ("one", "two", "untold"):
+        pictures = np.random.default_rng(0).integers(0, 256, (12, 60, 50, 3), dtype=np.uint8)
+        iio.imwrite(clips / f"{name}.mp4", pictures, fps=12, macro_block_size=2)
+    for name in ("one", "two"):
+        (clips / f"{name}.txt").write_text("a red circle moving left")
+    (tmp_path / "job.yaml").write_text(YAML + "  data: {videos: clips}\n")
+    done = CliRunner().invoke(app, ["distill", str(tmp_path / "job.yaml"), "--dry-run"])
+    assert done.exit_code == 0, done.output
+    assert "2 videos to encode: 0.000 GiB on disk" in done.output
+    assert "1 left out\nleft out: untold.mp4: expected a caption" in done.output
+    assert "the teacher makes" not in done.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clips", "job.yaml"]
+    for path in clips.glob("*.mp4"):
+        path.write_bytes(b"")
+    done = CliRunner().invoke(app, ["distill", str(tmp_path / "job.yaml"), "--dry-run"])
+    assert done.exit_code == 1
+    assert "left out all" in done.output
 
 
 def test_json_is_one_object_and_nothing_else(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from evdit_opt.distill.config import FinetuneConfig, read_config
+from evdit_opt.distill.encode import VideoData
 from evdit_opt.distill.knowledge import KnowledgeWeights
 from evdit_opt.distill.loop import TrainingConfig
 from evdit_opt.errors import DistillationError
@@ -54,6 +55,10 @@ def test_yaml_says_everything(tmp_path: Path) -> None:
         ("folder: run", "stages: [search]", "complete"),
         ("guidance: 2.0", "stages: [knowledge, search]", "search before knowledge"),
         ("guidance: 2.0", "stages: [search, search]", "each once"),
+        ("guidance: 2.0", "data: {folder: clips}", "finetune.data to hold rate, videos"),
+        ("guidance: 2.0", "data: {rate: 16}", "data to be complete"),
+        ("guidance: 2.0", "data: {videos: clips, rate: 0}", "rate above 0"),
+        ("guidance: 2.0", "latents: a\n  data: {videos: clips}", "latents or data, got both"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -62,6 +67,14 @@ def test_mistakes_are_named(tmp_path: Path, old: str, new: str, message: str) ->
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     with pytest.raises(DistillationError, match=message):
         read_config(tmp_path / "job.yaml")
+
+
+def test_videos_lie_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    videos = "data: {videos: clips, rate: 16}"
+    (tmp_path / "job.yaml").write_text(YAML.replace("guidance: 2.0", videos))
+    data = read_config(tmp_path / "job.yaml").finetune.data
+    assert data == VideoData(videos=tmp_path / "clips", rate=16)
 
 
 def test_no_file_is_said(tmp_path: Path) -> None:

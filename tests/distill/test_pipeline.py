@@ -1,17 +1,22 @@
 """The stages in a line on TinyWan at a small size: either order, resumed, saved, restored."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import imageio.v3 as iio
+import numpy as np
 import pytest
 import torch
 
 from evdit_opt import Config, FewStepScheduler, Plan, optimize
 from evdit_opt.apply import is_optimized
+from evdit_opt.demo.clips import draw_clip, sample_clip
 from evdit_opt.demo.tinywan import load_tinywan
-from evdit_opt.distill import pipeline
+from evdit_opt.distill import encode, pipeline
 from evdit_opt.distill.config import FinetuneConfig
+from evdit_opt.distill.encode import VideoData
 from evdit_opt.distill.loop import TrainingConfig, load_state
 from evdit_opt.distill.pipeline import Finetuning, finetune
 from evdit_opt.distill.rehearsal import rehearse
@@ -72,6 +77,40 @@ def test_optimize_trains_saves_and_restores_bit_for_bit(tmp_path: Path, rank: in
     changed = pipe.transformer.state_dict()
     base = {name for name in before if name in changed}
     assert all(torch.equal(changed[name], before[name]) for name in base) is (rank is not None)
+
+
+def test_videos_are_what_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoded once: the second run, after a kill, reads neither a video nor a caption."""
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for number, caption in enumerate(("a yellow circle moving up", "a red plus moving left")):
+        video = (255 * draw_clip(sample_clip(number))[:12]).astype(np.uint8)
+        iio.imwrite(clips / f"{number}.mp4", video, fps=12)
+        (clips / f"{number}.txt").write_text(caption)
+    config = settings(
+        tmp_path / "run", stages=("consistency",), data=VideoData(videos=clips), clips=99
+    )
+    first = load_tinywan()
+    finetune(first, PROMPTS, config, steps=2, search=SEARCH)
+    shutil.rmtree(tmp_path / "run" / "1-consistency")
+
+    def never(*given: object) -> None:
+        raise AssertionError("a clip that is encoded was read again")
+
+    monkeypatch.setattr(encode, "read_clip", never)
+    second = load_tinywan()
+    said: list[str] = []
+    text = second.encode_prompt
+    second.encode_prompt = lambda *g, **n: (
+        said.append(n.get("prompt", g and g[0])),
+        text(*g, **n),
+    )[1]
+    finetune(second, PROMPTS, config, steps=2, search=SEARCH)
+    assert not any("yellow" in str(prompt) for prompt in said)
+    changed = load_tinywan().transformer.state_dict()
+    for name, value in first.transformer.state_dict().items():
+        assert torch.equal(value, second.transformer.state_dict()[name])
+    assert any(not torch.equal(v, changed[n]) for n, v in first.transformer.state_dict().items())
 
 
 @pytest.mark.slow
