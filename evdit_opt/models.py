@@ -31,6 +31,8 @@ __all__ = [
     "require_finite",
 ]
 
+USUAL_STEPS = 50
+"""To ask a pipeline for: a scheduler for few steps refuses less than its own number."""
 Item = Any  # a prompt (str) for a pipeline, the kwargs of one forward for a module
 
 
@@ -164,7 +166,7 @@ def first_call(denoiser: Denoiser) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
     hook = denoiser.model.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        denoiser.run(denoiser.items[0], 0, 2)
+        denoiser.run(denoiser.items[0], 0, USUAL_STEPS)
     except _FirstCallSeen as seen:
         return seen.call_args, seen.call_kwargs
     finally:

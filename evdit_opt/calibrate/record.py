@@ -88,7 +88,7 @@ def record(
 
     kept = kept or Kept()
     results, branches, done = [], 1, 0
-    if (earlier := kept.load(STATE)) is not None and "itemsize" in earlier[1]:
+    if (earlier := kept.load(STATE)) is not None:
         state, facts = earlier
         done, branches = facts["done"], facts["branches"]
         residual_bytes |= facts["residual_bytes"]

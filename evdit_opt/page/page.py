@@ -174,7 +174,7 @@ def _sites(plan: Plan, masks: Mapping[Rule | None, str]) -> Iterator[Html]:
         "p",
         f"Masks: query frame (down) by key frame (across){drawn}; coloured tiles are computed"
         f"{between}, darker ones count more than once. Errors are relative, of the layer's "
-        "attention output and of its change from frame to frame.",
+        "attention output where it is not dense, and of a mask's change from frame to frame.",
         class_="quiet",
     )
     columns = ("mask", "layer", "rule", "share kept", "error", "frame to frame", "reuse", "why")
@@ -187,6 +187,7 @@ def _site(plan: Plan, site: SitePlan, masks: Mapping[Rule | None, str]) -> Html:
     rule = "dense" if site.rule is None else site.rule.describe(plan.grid.frames)
     found = next((one for one in site.errors if site.rule and one.rule == rule), None)
     reuses = plan.reuse is not None and site.name in plan.reuse.sites
+    error = site.error if site.error is not None or not found else found.output
     picture = draw_mask(masks[site.rule], rule) if site.rule in masks else "too many to draw"
     why: list[str] = [site.reason]
     if site.errors:
@@ -194,7 +195,7 @@ def _site(plan: Plan, site: SitePlan, masks: Mapping[Rule | None, str]) -> Html:
     cells = (
         ("rule", rule),
         ("share kept", f"{site.density:.1%}"),
-        ("error", f"{found.output:.3f}" if found else "-"),
+        ("error", "-" if error is None else f"{error:.3f}"),
         ("frame to frame", f"{found.temporal:.3f}" if found else "-"),
         ("reuse", "yes" if reuses else "no"),
     )

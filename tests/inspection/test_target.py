@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from evdit_opt.demo.tinywan import WEIGHTS
+from evdit_opt import FewStepScheduler
+from evdit_opt.demo.tinywan import WEIGHTS, load_tinywan
 from evdit_opt.errors import UnsupportedInputError
 from evdit_opt.inspection import load_target
-from evdit_opt.models import first_call
+from evdit_opt.models import as_denoiser, first_call
 
 SIZES = {"num_frames": 3, "height": 8, "width": 12}
 
@@ -19,6 +20,14 @@ def test_a_pipeline_folder() -> None:
     assert denoiser.makes_video
     _, call = first_call(denoiser)
     assert call["hidden_states"].shape[2:] == (3, 8, 8)
+
+
+def test_a_pipeline_with_a_scheduler_for_few_steps() -> None:
+    pipe = load_tinywan()
+    pipe.scheduler = FewStepScheduler(pipe.scheduler, steps=6)
+    denoiser = as_denoiser(pipe, ["a prompt"], {"num_frames": 5, "height": 32, "width": 32})
+    _, call = first_call(denoiser)
+    assert float(call["timestep"].max()) == pipe.scheduler.timesteps[0]
 
 
 def test_a_transformer_folder_is_called_at_random() -> None:
