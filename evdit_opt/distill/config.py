@@ -10,6 +10,7 @@ from typing import Any
 from evdit_opt.distill.encode import VideoData
 from evdit_opt.distill.knowledge import KnowledgeWeights
 from evdit_opt.distill.loop import TrainingConfig
+from evdit_opt.distill.samples import SampleConfig
 from evdit_opt.errors import DistillationError
 
 __all__ = ["STAGES", "FinetuneConfig", "read_config"]
@@ -44,6 +45,7 @@ class FinetuneConfig:
         latents: a folder of `evdit_opt.distill.data.write_shards` or ``write_stream``, instead.
         data: videos with captions, instead; they are encoded once.
         seed: of the clips' noise and everything drawn.
+        samples: clips to make now and then while training; None: none.
     """
 
     folder: Path
@@ -64,6 +66,7 @@ class FinetuneConfig:
     latents: Path | None = None
     data: VideoData | None = None
     seed: int = 0
+    samples: SampleConfig | None = None
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.stages if name not in STAGES]
@@ -140,6 +143,7 @@ def read_config(path: Path) -> Job:
         ("knowledge", TrainingConfig),
         ("weights", KnowledgeWeights),
         ("data", VideoData),
+        ("samples", SampleConfig),
     ):
         if name in given:
             values_of = _known(kind, given[name], f"finetune.{name}")
@@ -180,8 +184,9 @@ def _known(kind: type, given: object, where: str) -> dict[str, Any]:
             f"expected {where} to hold {', '.join(sorted(names))}, got {unknown!r}"
         )
     found = dict(given)
-    if "betas" in found:
-        found["betas"] = tuple(found["betas"])
+    for name in ("betas", "prompts"):
+        if isinstance(found.get(name), list) and kind is not Job:
+            found[name] = tuple(found[name])
     return found
 
 

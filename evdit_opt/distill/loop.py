@@ -14,8 +14,9 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,15 @@ from torch import nn
 
 from evdit_opt.errors import DistillationError
 
-__all__ = ["Losses", "Numbers", "TrainingConfig", "load_state", "save_atomically", "train"]
+__all__ = [
+    "Losses",
+    "Numbers",
+    "TrainingConfig",
+    "is_main_process",
+    "load_state",
+    "save_atomically",
+    "train",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +79,7 @@ class TrainingConfig:
         bf16: compute in bfloat16 where autocast does; weights and optimizer stay as they are.
         checkpointing: recompute activations in the backward, as diffusers models offer it.
         save_every: steps between checkpoints.
+        tensorboard: write TensorBoard's event files too, in the stage's folder.
     """
 
     steps: int
@@ -85,6 +95,7 @@ class TrainingConfig:
     bf16: bool = False
     checkpointing: bool = False
     save_every: int = 50
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "save_every"):
@@ -96,6 +107,11 @@ class TrainingConfig:
                 raise DistillationError(f"expected {name} above 0, got {getattr(self, name)!r}")
         if self.average is not None and not 0 <= self.average < 1:
             raise DistillationError(f"expected average in [0, 1), got {self.average!r}")
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise DistillationError(
+                "expected the package tensorboard for tensorboard=True, it is not installed; "
+                "pip install tensorboard, or set tensorboard=False"
+            )
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: warm up, hold, then fall linearly to a fiftieth."""
@@ -117,9 +133,10 @@ def train(
     Args:
         model: changed in place.
         losses: see `Losses`; called with the model as accelerate wraps it.
-        config: a checkpoint of another one is refused, but for ``save_every``.
+        config: a checkpoint of another one is refused, but for ``save_every`` and
+            ``tensorboard``.
         folder: holds ``state.pt``, which is always a whole checkpoint, and ``log.jsonl``, a line a
-            step.
+            step; and ``tensorboard/``, where that is asked for.
         stop: asked after each step; True saves and ends early.
 
     Yields:
@@ -132,8 +149,11 @@ def train(
     from accelerate import Accelerator
 
     # Its settings are one per process; those that differ from stage to stage are ours.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.bf16)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        log_with="tensorboard" if config.tensorboard else None,
+        project_dir=folder,
+    )
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     if not trained:
         raise DistillationError("expected parameters that require gradients, the model has none")
@@ -150,56 +170,95 @@ def train(
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     per_process = config.batch * config.accumulate
     started = time.monotonic() - state.seconds
-    while state.step < config.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = config.rate(state.step)
-        first = (state.step * accelerator.num_processes + accelerator.process_index) * per_process
-        totals: dict[str, float] = {}
-        for micro in range(config.accumulate):
-            begin = first + micro * config.batch
-            numbers = Numbers(
-                step=state.step,
-                samples=tuple(range(begin, begin + config.batch)),
-                total=per_process * accelerator.num_processes,
-            )
-            last = micro + 1 == config.accumulate
-            with nullcontext() if last else accelerator.no_sync(wrapped):
-                with autocast:
-                    found = losses(wrapped, numbers)
-                (found["loss"] / config.accumulate).backward()
-            for name, value in found.items():
-                mean = accelerator.reduce(value.detach().float(), reduction="mean")
-                totals[name] = totals.get(name, 0.0) + float(mean) / config.accumulate
-        norm = float(accelerator.clip_grad_norm_(list(trained.values()), config.clip))
-        if not (math.isfinite(totals["loss"]) and math.isfinite(norm)):
-            raise DistillationError(
-                f"expected a finite loss, got {totals['loss']} (gradient norm {norm}) at step "
-                f"{state.step}; {_kept(folder)} lower the learning rate or turn bf16 off"
-            )
-        optimizer.step()
-        optimizer.zero_grad()
-        state.step += 1
-        state.seconds = time.monotonic() - started
-        state.update_average()
-        record = {
-            "step": state.step,
-            "samples": state.step * per_process * accelerator.num_processes,
-            "seconds": round(state.seconds, 2),
-            "learning_rate": config.rate(state.step - 1),
-            "gradient_norm": norm,
-            **totals,
-        }
-        done = state.step == config.steps or stop(state.step)
-        if accelerator.is_main_process:
-            with (folder / LOG).open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            if done or state.step % config.save_every == 0:
-                save_atomically(folder / STATE, state.content())
-        yield record
-        if done:
-            break
+    with _tracked(accelerator, state.step):
+        while state.step < config.steps:
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate(state.step)
+            totals = _accumulate(wrapped, losses, config, accelerator, state.step)
+            norm = float(accelerator.clip_grad_norm_(list(trained.values()), config.clip))
+            if not (math.isfinite(totals["loss"]) and math.isfinite(norm)):
+                raise DistillationError(
+                    f"expected a finite loss, got {totals['loss']} (gradient norm {norm}) at step "
+                    f"{state.step}; {_kept(folder)} lower the learning rate or turn bf16 off"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            state.step += 1
+            state.seconds = time.monotonic() - started
+            state.update_average()
+            rate = config.rate(state.step - 1)
+            curves = {"learning_rate": rate, "gradient_norm": norm, **totals}
+            record = {
+                "step": state.step,
+                "samples": state.step * per_process * accelerator.num_processes,
+                "seconds": round(state.seconds, 2),
+                **curves,
+            }
+            done = state.step == config.steps or stop(state.step)
+            if accelerator.is_main_process:
+                _append(folder / LOG, record)
+                if done or state.step % config.save_every == 0:
+                    save_atomically(folder / STATE, state.content())
+            accelerator.log(curves, step=state.step)
+            yield record
+            if done:
+                break
     accelerator.wait_for_everyone()
     accelerator.free_memory()
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes."""
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
+
+
+@contextmanager
+def _tracked(accelerator: Any, step: int) -> Iterator[None]:
+    """The trackers that were asked for go on after a step, and are closed, however this ends."""
+    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}})
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+def _accumulate(
+    wrapped: nn.Module, losses: Losses, config: TrainingConfig, accelerator: Any, step: int
+) -> dict[str, float]:
+    """Gradients of one step; the means of its losses."""
+    per_process = config.batch * config.accumulate
+    first = (step * accelerator.num_processes + accelerator.process_index) * per_process
+    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.bf16)
+    totals: dict[str, float] = {}
+    for micro in range(config.accumulate):
+        begin = first + micro * config.batch
+        numbers = Numbers(
+            step=step,
+            samples=tuple(range(begin, begin + config.batch)),
+            total=per_process * accelerator.num_processes,
+        )
+        last = micro + 1 == config.accumulate
+        with nullcontext() if last else accelerator.no_sync(wrapped):
+            with autocast:
+                found = losses(wrapped, numbers)
+            (found["loss"] / config.accumulate).backward()
+        for name, value in found.items():
+            mean = accelerator.reduce(value.detach().float(), reduction="mean")
+            totals[name] = totals.get(name, 0.0) + float(mean) / config.accumulate
+    return totals
+
+
+def _append(log: Path, record: Mapping[str, Any]) -> None:
+    try:
+        with log.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise DistillationError(
+            f"expected to write {log}: {error}; {_kept(log.parent)} make room and start again"
+        ) from error
 
 
 def load_state(folder: Path) -> dict[str, Any] | None:
@@ -290,7 +349,7 @@ class _State:
 
 def _comparable(config: TrainingConfig) -> dict[str, Any]:
     values = asdict(config)
-    del values["save_every"]
+    del values["save_every"], values["tensorboard"]
     return values
 
 

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -24,7 +25,8 @@ from evdit_opt.distill.config import FinetuneConfig
 from evdit_opt.distill.data import LatentShards, teacher_latents
 from evdit_opt.distill.encode import encode_videos
 from evdit_opt.distill.knowledge import SiteOutputs
-from evdit_opt.distill.loop import Losses, TrainingConfig, train
+from evdit_opt.distill.loop import Losses, TrainingConfig, is_main_process, train
+from evdit_opt.distill.samples import write_samples
 from evdit_opt.distill.saved import save_finetuned
 from evdit_opt.distill.segments import segments_of
 from evdit_opt.distill.stages import Setting, consistency_stage, knowledge_stage
@@ -139,6 +141,7 @@ class Finetuning:
         with self.losses(index) as (losses, settings):
             for record in train(self.model, losses, settings, folder):
                 logger.info("%s %s", name, record)
+                self._sample(index, folder / "samples", record["step"])
         save_weights(self.model, folder / WEIGHTS)
 
     @contextmanager
@@ -197,15 +200,29 @@ class Finetuning:
 
     def _search(self, index: int) -> Plan:
         """The plan, for the pipeline as it will be used."""
-        done = "consistency" in self.config.stages[:index]
-        call = {**self.search.pipe_kwargs, "guidance_scale": 1.0} if done else self._guided()
-        before = self.pipe.scheduler
-        self.pipe.scheduler = self.few if done else before
-        try:
+        with self._as_used("consistency" in self.config.stages[:index]) as call:
             settings = replace(self.search, calib_steps=self.steps, pipe_kwargs=call)
             return make_plan(self.pipe, self.prompts, settings)
+
+    @contextmanager
+    def _as_used(self, few: bool) -> Iterator[dict[str, Any]]:
+        """The pipeline with the scheduler of its student, or as it came; further call arguments."""
+        before = self.pipe.scheduler
+        self.pipe.scheduler = self.few if few else before
+        try:
+            yield {**self.search.pipe_kwargs, "guidance_scale": 1.0} if few else self._guided()
         finally:
             self.pipe.scheduler = before
+
+    def _sample(self, index: int, folder: Path, step: int) -> None:
+        """Clips of the model in training, where they are due."""
+        wanted = self.config.samples
+        if wanted is None or step % wanted.every or not is_main_process():
+            return
+        few = "consistency" in self.config.stages[: index + 1]
+        steps = self.steps if few else self.config.full_steps
+        with self._as_used(few) as call:
+            write_samples(self.pipe, wanted, {**call, "num_inference_steps": steps}, folder, step)
 
     def _latents(self) -> LatentShards:
         config = self.config

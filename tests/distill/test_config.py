@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from evdit_opt.distill import loop
 from evdit_opt.distill.config import FinetuneConfig, read_config
 from evdit_opt.distill.encode import VideoData
 from evdit_opt.distill.knowledge import KnowledgeWeights
 from evdit_opt.distill.loop import TrainingConfig
+from evdit_opt.distill.samples import SampleConfig
 from evdit_opt.errors import DistillationError
 
 YAML = """
@@ -75,6 +77,20 @@ def test_videos_lie_beside_the_file(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(YAML.replace("guidance: 2.0", videos))
     data = read_config(tmp_path / "job.yaml").finetune.data
     assert data == VideoData(videos=tmp_path / "clips", rate=16)
+
+
+def test_samples_and_tensorboard_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    text = YAML.replace("guidance: 2.0", "samples: {every: 50, prompts: [a, b], kind: gif}")
+    (tmp_path / "job.yaml").write_text(text)
+    found = read_config(tmp_path / "job.yaml").finetune.samples
+    assert found == SampleConfig(every=50, prompts=("a", "b"), kind="gif")
+    (tmp_path / "job.yaml").write_text(YAML.replace("batch: 8", "tensorboard: true"))
+    monkeypatch.setattr(loop, "find_spec", lambda name: None)
+    with pytest.raises(DistillationError, match="pip install tensorboard"):
+        read_config(tmp_path / "job.yaml")
 
 
 def test_no_file_is_said(tmp_path: Path) -> None:

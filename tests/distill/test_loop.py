@@ -3,8 +3,12 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -179,6 +183,46 @@ def test_bfloat16_computes_and_float32_learns(tmp_path: Path) -> None:
     list(train(model, noting, config, tmp_path))
     assert dtypes == {torch.bfloat16}
     assert {value.dtype for value in model.parameters()} == {torch.float32}
+
+
+def scalars(folder: Path) -> list[tuple[str, int, float]]:
+    """Tag, step and value of all scalars of TensorBoard's files, in the order they were written."""
+    proto = import_module("tensorboard.compat.proto.event_pb2")
+    found: list[tuple[str, int, float]] = []
+    for path in sorted(folder.rglob("events.*"), key=lambda p: p.stat().st_mtime_ns):
+        data = path.read_bytes()
+        while data:  # a record: length, its checksum, the event, its checksum
+            length = int.from_bytes(data[:8], "little")
+            event = proto.Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            found += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+            if event.session_log.status == proto.SessionLog.START:
+                found = [one for one in found if one[1] < event.step]
+    return found
+
+
+@pytest.mark.skipif(not find_spec("tensorboard"), reason="needs the package tensorboard")
+def test_tensorboard_shows_what_the_log_says(tmp_path: Path) -> None:
+    """Also after a kill: what was done after the checkpoint is written again, and counts once."""
+    config = replace(CONFIG, tensorboard=True)
+    for record in train(network(), losses, config, tmp_path):
+        if record["step"] == 5:
+            break  # the checkpoint is of step 4
+    list(train(network(), losses, config, tmp_path))
+    found = scalars(tmp_path / "tensorboard")
+    for name in ("loss", "size", "learning_rate", "gradient_norm"):
+        wanted = [(name, r["step"], float(np.float32(r[name]))) for r in curve(tmp_path)]
+        assert [one for one in found if one[0] == name] == wanted
+    plain = tmp_path / "plain"
+    list(train(network(), losses, CONFIG, plain))
+    assert curve(plain) == curve(tmp_path)
+    assert not (plain / "tensorboard").exists()
+
+
+def test_tensorboard_that_is_not_there_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "find_spec", lambda name: None)
+    with pytest.raises(DistillationError, match="pip install tensorboard"):
+        TrainingConfig(steps=1, tensorboard=True)
 
 
 @pytest.mark.slow
