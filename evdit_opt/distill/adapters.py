@@ -61,14 +61,25 @@ def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_weights(model: nn.Module, path: Path) -> str:
-    """Write `trained_weights` as safetensors, whole or not at all; returns the file's SHA-256."""
+    """Write `trained_weights` as safetensors, whole or not at all; returns the file's SHA-256.
+
+    Raises:
+        DistillationError: the file cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     partial = path.with_name(path.name + ".partial")
     held = trained_weights(model)
-    save_file({name: value.detach().cpu().contiguous() for name, value in held.items()}, partial)
-    digest = hashlib.sha256(partial.read_bytes()).hexdigest()
-    os.replace(partial, path)
+    try:
+        save_file({n: value.detach().cpu().contiguous() for n, value in held.items()}, partial)
+        digest = hashlib.sha256(partial.read_bytes()).hexdigest()
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise DistillationError(
+            f"expected to write {path}: {error}; make room and start again"
+        ) from error
     return digest
 
 

@@ -179,7 +179,8 @@ def train(
             if not (math.isfinite(totals["loss"]) and math.isfinite(norm)):
                 raise DistillationError(
                     f"expected a finite loss, got {totals['loss']} (gradient norm {norm}) at step "
-                    f"{state.step}; {_kept(folder)} lower the learning rate or turn bf16 off"
+                    f"{state.step}; {_kept(folder)} lower the learning rate or turn bf16 off, "
+                    "and begin in another folder"
                 )
             optimizer.step()
             optimizer.zero_grad()

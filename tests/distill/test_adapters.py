@@ -1,5 +1,6 @@
 """LoRA on a small Wan: no change at first; only adapters train, and they are what is saved."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,14 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         load_weights(small(), path)
     with pytest.raises(DistillationError, match="lora_rank=None"):
         add_lora(nn.Linear(2, 2), 2, ("x",), seed=0)
+
+
+def test_a_full_disk_leaves_the_weights_that_were_there(tmp_path: Path, full_disk) -> None:
+    path = tmp_path / "weights.safetensors"
+    before = save_weights(small(), path)
+    full_disk(8192)
+    with pytest.raises(DistillationError, match=r"weights.*File too large.*make room"):
+        save_weights(small(), path)
+    full_disk(2**40)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["weights.safetensors"]

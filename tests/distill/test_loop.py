@@ -134,6 +134,29 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
 
 
+@pytest.mark.parametrize("file", ["state.pt", "log.jsonl"])
+def test_a_disk_that_is_full_while_training(tmp_path: Path, full_disk, file: str) -> None:
+    """One clear error; with room again the run goes on to the same end, bit for bit."""
+    list(train(network(), losses, CONFIG, tmp_path / "straight"))
+    folder = tmp_path / "full"
+
+    def fill(step: int) -> bool:
+        if step == 5:
+            full_disk((folder / file).stat().st_size - 1)
+        return False
+
+    told = rf"{file}: .*too large.*step 4 is kept.*make room"
+    with pytest.raises(DistillationError, match=told):
+        list(train(network(), losses, CONFIG, folder, fill))
+    full_disk(2**40)
+    assert load_state(folder)["step"] == 4
+    assert [path.suffix for path in folder.iterdir() if path.suffix == ".partial"] == []
+    list(train(network(), losses, CONFIG, folder))
+    assert curve(folder) == curve(tmp_path / "straight")
+    ends = [load_state(tmp_path / name)["weights"] for name in ("straight", "full")]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
 def test_other_settings_do_not_continue_a_run(tmp_path: Path) -> None:
     list(train(network(), losses, TrainingConfig(steps=2), tmp_path))
     with pytest.raises(DistillationError, match="choose another folder"):
