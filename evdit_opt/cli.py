@@ -115,7 +115,13 @@ def inspect(
 def onnx(
     pipeline: Annotated[str, typer.Argument(help=MODEL_HELP)],
     plan: Annotated[Path, typer.Option(help="Its plan, *.evdit.json.")],
-    out: Annotated[Path, typer.Option(help="The file to write; large weights go beside it.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The file to write; large weights go beside it. With residual reuse, x.onnx names "
+            "x.refresh.onnx, x.reuse.onnx and x.steps.json."
+        ),
+    ],
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of the video.")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels; latent rows.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; latent columns.")] = None,
@@ -142,8 +148,10 @@ def onnx(
                 pipeline, plan, out, prompt=prompt, sizes=sizes, dtype=precision, opset=opset
             )
         if as_json:
-            write_json({"out": str(out), "bytes": out.stat().st_size, "written": written})
+            files = [str(file) for file in written.files]
+            size = sum(file.stat().st_size for file in written.files)
+            write_json({"out": files[0], "files": files, "bytes": size, "written": written.text})
         else:
-            console.print(written, markup=False, highlight=False)
+            console.print(written.text, markup=False, highlight=False)
 
     or_exit(run)

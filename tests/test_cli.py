@@ -7,6 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from evdit_opt.cli import app
+from evdit_opt.export.command import Written
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_json_of_the_commands_that_write(evdit, tmp_path, monkeypatch):
 
     def export(_name, _plan, out, **_):
         out.write_bytes(b"12345")
-        return "written"
+        return Written((out,), "written")
 
     monkeypatch.setattr("evdit_opt.demo.run.run_demo", demo)
     monkeypatch.setattr("evdit_opt.export.command.export_named", export)
@@ -65,7 +66,8 @@ def test_json_of_the_commands_that_write(evdit, tmp_path, monkeypatch):
     assert "a story" in result.stderr
     out = str(tmp_path / "x.onnx")
     result = evdit.invoke(app, ["export", "onnx", "m", "--plan", "p", "--out", out, "--json"])
-    assert json.loads(result.stdout) == {"out": out, "bytes": 5, "written": "written"}
+    told = {"out": out, "files": [out], "bytes": 5, "written": "written"}
+    assert json.loads(result.stdout) == told
 
 
 def test_an_interruption_is_exit_code_130(evdit, monkeypatch):

@@ -2,18 +2,33 @@
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from evdit_opt.errors import UnsupportedInputError
+from evdit_opt.export.steps import export_onnx_steps
 from evdit_opt.export.to_onnx import OPSET, export_onnx, require_packages
 from evdit_opt.inspection import load_target
 from evdit_opt.models import Denoiser, first_call
 from evdit_opt.plan import Plan
 
-__all__ = ["export_named"]
+__all__ = ["Written", "export_named"]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an export left.
+
+    Attributes:
+        files: with a table of steps, that comes first. Weights beside a file are not listed.
+        text: the same in words.
+    """
+
+    files: tuple[Path, ...]
+    text: str
 
 
 def export_named(
@@ -25,24 +40,21 @@ def export_named(
     sizes: Mapping[str, int] | None = None,
     dtype: torch.dtype | None = None,
     opset: int = OPSET,
-) -> str:
-    """Write the optimized denoiser of a pipeline as an ONNX model.
+) -> Written:
+    """Write the optimized denoiser of a pipeline as an ONNX model, or as one per mode of its steps.
 
     Args:
         name: as of ``load_target``.
         plan: a plan file.
-        out: the file to write.
+        out: the file to write; for a plan with residual reuse as in ``export_onnx_steps``.
         prompt: any prompt.
         sizes: num_frames, height and width.
         dtype: what the model runs in; None: as it was loaded.
         opset: as of ``export_onnx``.
 
-    Returns:
-        What was written, in words.
-
     Raises:
         UnsupportedInputError: if ``out`` cannot be written, or the folder holds no weights.
-        EvditError: as ``Plan.load``, ``load_target`` and ``export_onnx``.
+        EvditError: as ``Plan.load``, ``load_target``, ``export_onnx`` and ``export_onnx_steps``.
     """
     require_packages()
     loaded = Plan.load(plan)
@@ -51,15 +63,20 @@ def export_named(
     _require_weights(Path(name))
     denoiser = load_target(name, prompt, sizes, None, dtype)
     call = call_of(denoiser)
-    export_onnx(denoiser.model, call, out, loaded, opset=opset)
+    if loaded.reuse is None:
+        files: tuple[Path, ...] = (export_onnx(denoiser.model, call, out, loaded, opset=opset),)
+    else:
+        files = export_onnx_steps(denoiser.model, call, out, loaded, opset=opset)
     shapes = ", ".join(
         f"{key} {list(value.shape)}"
         for key, value in call.items()
         if isinstance(value, torch.Tensor)
     )
-    return (
-        f"{out}: {type(denoiser.model).__name__}, {len(loaded.rules)} of {len(loaded.sites)} sites "
-        f"sparse, mean density {loaded.density:.3f}, ONNX operator set {opset}; inputs {shapes}"
+    return Written(
+        files,
+        f"{', '.join(map(str, files))}: {type(denoiser.model).__name__}, {len(loaded.rules)} of "
+        f"{len(loaded.sites)} sites sparse, mean density {loaded.density:.3f}, ONNX operator set "
+        f"{opset}; inputs {shapes}",
     )
 
 

@@ -1,6 +1,6 @@
 """ONNX: the optimized denoiser in the standard's own operators."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from evdit_opt.errors import UnsupportedInputError
 from evdit_opt.export.program import ATEN_SDPA, export_program
+from evdit_opt.export.residuals import residual_values
 from evdit_opt.plan import Plan
 
 __all__ = ["OPSET", "export_onnx", "require_packages", "write_onnx"]
@@ -28,18 +29,21 @@ def export_onnx(
     path: Path,
     plan: Plan | None = None,
     *,
+    mode: str | None = None,
     opset: int = OPSET,
 ) -> Path:
     """Write a denoiser with the sparse attention of its plan as an ONNX model.
 
     Inputs carry the names of the forward's arguments, at the shapes of the call; what is no tensor
-    becomes part of the model. Weights of more than about 2 GB go to ``<path>.data``.
+    becomes part of the model. Weights of more than about 2 GB go to ``<path>.data``. A plan with
+    residual reuse takes a file per mode; ``export_onnx_steps`` writes all of them.
 
     Args:
         target: a diffusers video pipeline, or an ``nn.Module``; with a plan applied, or plain.
         kwargs: arguments of one forward of the denoiser.
         path: the file to write.
         plan: as in ``export_program``.
+        mode: as in ``export_program``.
         opset: version of ONNX's operator set. From 23 on attention is one operator, ``Attention``.
 
     Returns:
@@ -50,18 +54,25 @@ def export_onnx(
         EvditError: as ``export_program``.
     """
     require_packages()
-    program = export_program(target, kwargs, plan, standard_ops=True)
-    return write_onnx(program, path, opset=opset)
+    program = export_program(target, kwargs, plan, mode=mode, standard_ops=True)
+    return write_onnx(program, path, mode=mode, opset=opset)
 
 
 def write_onnx(
-    program: ExportedProgram, path: Path, *, opset: int = OPSET, external_data: bool = False
+    program: ExportedProgram,
+    path: Path,
+    *,
+    mode: str | None = None,
+    opset: int = OPSET,
+    external_data: bool = False,
 ) -> Path:
     """Write an exported program, sparse or dense, as an ONNX model.
 
     Args:
         program: in ATen operators.
         path: the file to write.
+        mode: that the program was exported with. In "refresh" the model has further outputs, in
+            "reuse" further inputs, named like ``residual.blocks.0.attn1``.
         opset: version of ONNX's operator set.
         external_data: put weights into ``<path>.data`` however small they are.
 
@@ -80,22 +91,28 @@ def write_onnx(
             f"{error}"
         ) from error
     assert converted is not None
-    foreign = {
-        f"{node.domain}::{node.op_type}"
-        for node in converted.model.graph.all_nodes()
-        if node.domain
-    }
+    graph = converted.model.graph
+    _name_residuals(program, mode, [*graph.inputs, *graph.outputs])
+    foreign = {f"{node.domain}::{node.op_type}" for node in graph.all_nodes() if node.domain}
     if foreign or converted.model.functions:
         raise UnsupportedInputError(
             "expected operators of the ONNX standard only, got "
             f"{', '.join(sorted(foreign) or map(str, converted.model.functions))}; export with "
             "another opset"
         )
-    for node in converted.model.graph.all_nodes():
+    for node in graph.all_nodes():
         # Paths of this machine, and most of the size of a small model.
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
     converted.save(path, external_data=external_data)
     return path
+
+
+def _name_residuals(program: ExportedProgram, mode: str | None, values: Sequence[Any]) -> None:
+    """Call residuals ``residual.<site>`` among the inputs and outputs of an ONNX model."""
+    sites = residual_values(program, mode)
+    for value in values:
+        if value.name in sites:
+            value.name = f"residual.{sites[value.name]}"
 
 
 def _widen_masks(program: ExportedProgram) -> None:

@@ -1,5 +1,6 @@
 """evdit export onnx: from a name and a plan to a file, or one line that says what is wrong."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from typer.testing import CliRunner, Result
 from evdit_opt.cli import app
 from evdit_opt.export.command import call_of
 from evdit_opt.models import Denoiser
+from tests.export.generation import reusing
 from tests.export.planned import planned_toy
 
 TOY = "tests.export.test_command:toy_and_call"
@@ -40,6 +42,25 @@ def test_a_denoiser_is_written_and_described(plan: Path, tmp_path: Path) -> None
     session = onnxruntime.InferenceSession(str(tmp_path / "toy.onnx"))
     (out,) = session.run(None, {name: value.numpy() for name, value in given.call.items()})
     torch.testing.assert_close(torch.from_numpy(out), given.optimized(), rtol=1e-4, atol=1e-5)
+
+
+def reusing_toy_and_call() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    given = reusing("toy")
+    return given.model, given.call
+
+
+def test_a_plan_with_residual_reuse_becomes_a_file_per_mode(tmp_path: Path) -> None:
+    pytest.importorskip("onnx", reason="needs the extra export")
+    reusing("toy").plan.save(tmp_path / "toy.json")
+    name, out = "tests.export.test_command:reusing_toy_and_call", tmp_path / "toy.onnx"
+    result = evdit_export(name, "--plan", tmp_path / "toy.json", "--out", out, "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    names = ("steps.json", "dense.onnx", "refresh.onnx", "reuse.onnx")
+    assert told["files"] == [str(tmp_path / f"toy.{name}") for name in names]
+    assert told["bytes"] == sum(Path(file).stat().st_size for file in told["files"])
+    assert told["out"] == told["files"][0]
+    assert not out.exists()
 
 
 def refused(result: Result) -> str:

@@ -15,7 +15,6 @@ from evdit_opt.errors import AlreadyOptimizedError, PlanMismatchError, Unsupport
 from evdit_opt.export import export_program
 from evdit_opt.masks import Rule
 from evdit_opt.models import config_hash
-from evdit_opt.plan import ReuseRecord
 from tests.export.planned import Planned, first, planned, planned_toy
 
 # wan: video alone. cogvideox: text before. hunyuan: text behind, a key mask. ltx: tokens as input.
@@ -140,14 +139,6 @@ def test_a_plan_without_rules_is_an_error() -> None:
     sites = tuple(replace(site, rule=None, density=1.0) for site in given.plan.sites)
     with pytest.raises(PlanMismatchError, match="leaves all 2 sites dense"):
         export_program(given.model, given.call, replace(given.plan, sites=sites))
-    assert not is_optimized(given.model)
-
-
-def test_a_plan_that_reuses_residuals_is_an_error() -> None:
-    given = planned_toy()
-    reuse = ReuseRecord(sites=("blocks.0.attn1",), timestep="timestep", refresh_at=(1000.0, 500.0))
-    with pytest.raises(PlanMismatchError, match=r"Config\(reuse=False\)"):
-        export_program(given.model, given.call, replace(given.plan, reuse=reuse))
     assert not is_optimized(given.model)
 
 
