@@ -8,10 +8,8 @@ for bit, and two processes see the same global batch as one.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -23,6 +21,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from evdit_opt.distill.checkpoint import (
+    LOG,
+    STATE,
+    TrainingState,
+    append,
+    forget_after,
+    kept,
+    save_atomically,
+)
 from evdit_opt.errors import DistillationError
 
 __all__ = [
@@ -30,14 +37,10 @@ __all__ = [
     "Numbers",
     "TrainingConfig",
     "is_main_process",
-    "load_state",
-    "save_atomically",
     "train",
 ]
 
 logger = logging.getLogger(__name__)
-
-STATE, LOG = "state.pt", "log.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +116,12 @@ class TrainingConfig:
                 "pip install tensorboard, or set tensorboard=False"
             )
 
+    def settings(self) -> dict[str, Any]:
+        """What a training depends on."""
+        values = asdict(self)
+        del values["save_every"], values["tensorboard"]
+        return values
+
     def rate(self, step: int) -> float:
         """Learning rate of a step: warm up, hold, then fall linearly to a fiftieth."""
         fall = 1.0
@@ -146,14 +155,7 @@ def train(
         DistillationError: nothing to train, a checkpoint of another run, or a loss that is not
             finite; the last checkpoint stays as it is.
     """
-    from accelerate import Accelerator
-
-    # Its settings are one per process; those that differ from stage to stage are ours.
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        log_with="tensorboard" if config.tensorboard else None,
-        project_dir=folder,
-    )
+    accelerator = _accelerator(config, folder)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     if not trained:
         raise DistillationError("expected parameters that require gradients, the model has none")
@@ -162,11 +164,11 @@ def train(
     optimizer = torch.optim.AdamW(
         trained.values(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay
     )
-    state = _State(trained, optimizer, config)
+    state = TrainingState(trained, optimizer, config.settings(), config.average)
     folder.mkdir(parents=True, exist_ok=True)
     state.restore(folder)
     if accelerator.is_main_process:
-        _forget_after(folder / LOG, state.step)
+        forget_after(folder / LOG, state.step)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     per_process = config.batch * config.accumulate
     started = time.monotonic() - state.seconds
@@ -179,7 +181,7 @@ def train(
             if not (math.isfinite(totals["loss"]) and math.isfinite(norm)):
                 raise DistillationError(
                     f"expected a finite loss, got {totals['loss']} (gradient norm {norm}) at step "
-                    f"{state.step}; {_kept(folder)} lower the learning rate or turn bf16 off, "
+                    f"{state.step}; {kept(folder)} lower the learning rate or turn bf16 off, "
                     "and begin in another folder"
                 )
             optimizer.step()
@@ -197,7 +199,7 @@ def train(
             }
             done = state.step == config.steps or stop(state.step)
             if accelerator.is_main_process:
-                _append(folder / LOG, record)
+                append(folder / LOG, record)
                 if done or state.step % config.save_every == 0:
                     save_atomically(folder / STATE, state.content())
             accelerator.log(curves, step=state.step)
@@ -213,6 +215,35 @@ def is_main_process() -> bool:
     from accelerate import PartialState
 
     return bool(PartialState().is_main_process)
+
+
+def _accelerator(config: TrainingConfig, folder: Path) -> Any:
+    """One process or many, as it was launched; what a launch may ask for and we do not do, we say.
+
+    accelerate would not: on a CPU it ignores its FSDP plugin without a word, and its float16 needs
+    losses that are scaled.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import parse_flag_from_env
+
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise DistillationError(
+                f"expected a launch without {name}, which is not supported; launch with "
+                "torchrun, or with accelerate launch --multi_gpu"
+            )
+    # Its settings are one per process; those that differ from stage to stage are ours.
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        log_with="tensorboard" if config.tensorboard else None,
+        project_dir=folder,
+    )
+    if accelerator.mixed_precision != "no":
+        raise DistillationError(
+            f"expected a launch with mixed_precision no, got {accelerator.mixed_precision}; set "
+            "bf16: true of the stage instead (float16 is not supported: small gradients vanish)"
+        )
+    return accelerator
 
 
 @contextmanager
@@ -252,108 +283,6 @@ def _accumulate(
     return totals
 
 
-def _append(log: Path, record: Mapping[str, Any]) -> None:
-    try:
-        with log.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise DistillationError(
-            f"expected to write {log}: {error}; {_kept(log.parent)} make room and start again"
-        ) from error
-
-
-def load_state(folder: Path) -> dict[str, Any] | None:
-    """The last checkpoint in a folder; None if there is none.
-
-    Raises:
-        DistillationError: if it cannot be read.
-    """
-    path = folder / STATE
-    if not path.exists():
-        return None
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise DistillationError(
-            f"expected a checkpoint in {path}, cannot read it: {error}"
-        ) from error
-    return state
-
-
-def save_atomically(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a file so that ``path`` always holds a whole one, also after kill -9 or a full disk."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        raise DistillationError(
-            f"expected to write {path}: {error}; {_kept(path.parent)} make room and start again"
-        ) from error
-
-
-class _State:
-    """What a checkpoint holds."""
-
-    def __init__(
-        self, trained: dict[str, nn.Parameter], optimizer: Any, config: TrainingConfig
-    ) -> None:
-        self.trained, self.optimizer, self.config = trained, optimizer, config
-        self.average = None
-        if config.average is not None:
-            self.average = {name: value.detach().clone() for name, value in trained.items()}
-        self.step, self.seconds = 0, 0.0
-
-    def content(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "seconds": self.seconds,
-            "config": _comparable(self.config),
-            "weights": {name: value.detach() for name, value in self.trained.items()},
-            "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
-        }
-
-    def restore(self, folder: Path) -> None:
-        state = load_state(folder)
-        if state is None:
-            return
-        if state["config"] != _comparable(self.config):
-            raise DistillationError(
-                f"expected the settings that {folder / STATE} was begun with, {state['config']}, "
-                f"got {_comparable(self.config)}; go on with those, or choose another folder"
-            )
-        if state["weights"].keys() != self.trained.keys():
-            raise DistillationError(
-                f"expected a checkpoint of the {len(self.trained)} tensors trained here in "
-                f"{folder / STATE}, it holds {len(state['weights'])} others; choose another folder"
-            )
-        with torch.no_grad():
-            for name, value in self.trained.items():
-                value.copy_(state["weights"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.average = state["average"]
-        self.step, self.seconds = state["step"], state["seconds"]
-
-    @torch.no_grad()
-    def update_average(self) -> None:
-        if self.average is None or self.config.average is None:
-            return
-        decay = min(self.config.average, (1 + self.step) / (10 + self.step))
-        for name, value in self.trained.items():
-            self.average[name].lerp_(value.detach().to(self.average[name]), 1 - decay)
-
-
-def _comparable(config: TrainingConfig) -> dict[str, Any]:
-    values = asdict(config)
-    del values["save_every"], values["tensorboard"]
-    return values
-
-
 def _checkpoint_activations(model: nn.Module) -> None:
     enable: Any = getattr(model, "enable_gradient_checkpointing", None)
     if enable is None:
@@ -362,26 +291,3 @@ def _checkpoint_activations(model: nn.Module) -> None:
             "none; set checkpointing=False"
         )
     enable()
-
-
-def _forget_after(log: Path, step: int) -> None:
-    """Drop what a killed run logged after its last checkpoint: those steps are done again."""
-    if not log.exists():
-        return
-    kept = []
-    for line in log.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            break  # the line a kill cut off; nothing follows it
-    partial = log.with_name(log.name + ".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, log)
-
-
-def _kept(folder: Path) -> str:
-    state = load_state(folder)
-    if state is None:
-        return "no checkpoint was written yet;"
-    return f"the checkpoint of step {state['step']} is kept in {folder / STATE};"

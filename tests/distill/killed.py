@@ -20,9 +20,10 @@ import accelerate  # noqa: F401  here, so that no kill is spent on an import
 import torch
 from torch import nn
 
-from evdit_opt.distill import loop
+from evdit_opt.distill import checkpoint, loop
+from evdit_opt.distill.checkpoint import load_state
 from evdit_opt.distill.data import LatentShards, write_shards
-from evdit_opt.distill.loop import Numbers, TrainingConfig, load_state, train
+from evdit_opt.distill.loop import Numbers, TrainingConfig, train
 
 CONFIG = TrainingConfig(
     steps=60, batch=2, accumulate=2, learning_rate=0.01, warmup=5, decay_from=30, average=0.9,
@@ -101,13 +102,13 @@ def arm(moment: Moment) -> None:
         pass
 
     if kind == "half a checkpoint":
-        wrap(loop.torch, "save", half_a_checkpoint, nothing)
+        wrap(checkpoint.torch, "save", half_a_checkpoint, nothing)
     elif kind == "before a replace":  # of a shard, a checkpoint or a log
         wrap(os, "replace", lambda *_: kill_self(), nothing)
     elif kind == "after a replace":
         wrap(os, "replace", nothing, kill_self)
     elif kind == "half a log line":
-        wrap(loop, "_append", half_a_line, nothing)
+        wrap(loop, "append", half_a_line, nothing)
 
 
 def in_a_process(folder: Path, moment: Moment | None) -> int:

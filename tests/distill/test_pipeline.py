@@ -15,9 +15,10 @@ from evdit_opt.apply import is_optimized
 from evdit_opt.demo.clips import draw_clip, sample_clip
 from evdit_opt.demo.tinywan import load_tinywan
 from evdit_opt.distill import encode, pipeline
+from evdit_opt.distill.checkpoint import load_state
 from evdit_opt.distill.config import FinetuneConfig
 from evdit_opt.distill.encode import VideoData
-from evdit_opt.distill.loop import TrainingConfig, load_state
+from evdit_opt.distill.loop import TrainingConfig
 from evdit_opt.distill.pipeline import Finetuning, finetune
 from evdit_opt.distill.rehearsal import rehearse
 from evdit_opt.distill.saved import restore_finetuned

@@ -1,0 +1,162 @@
+"""What is left of a training on disk: a checkpoint that is always whole, and a line a step.
+
+A checkpoint holds weights, their average, the optimizer and the step: all that a step depends on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from evdit_opt.errors import DistillationError
+
+__all__ = [
+    "LOG",
+    "STATE",
+    "TrainingState",
+    "append",
+    "forget_after",
+    "kept",
+    "load_state",
+    "save_atomically",
+]
+
+STATE, LOG = "state.pt", "log.jsonl"
+
+
+def append(log: Path, record: Mapping[str, Any]) -> None:
+    """Write a line."""
+    try:
+        with log.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise DistillationError(
+            f"expected to write {log}: {error}; {kept(log.parent)} make room and start again"
+        ) from error
+
+
+def load_state(folder: Path) -> dict[str, Any] | None:
+    """The last checkpoint in a folder; None if there is none.
+
+    Raises:
+        DistillationError: if it cannot be read.
+    """
+    path = folder / STATE
+    if not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        raise DistillationError(
+            f"expected a checkpoint in {path}, cannot read it: {error}"
+        ) from error
+    return state
+
+
+def save_atomically(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a file so that ``path`` always holds a whole one, also after kill -9 or a full disk."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise DistillationError(
+            f"expected to write {path}: {error}; {kept(path.parent)} make room and start again"
+        ) from error
+
+
+class TrainingState:
+    """What a checkpoint holds.
+
+    Args:
+        trained: parameters by name.
+        optimizer: theirs.
+        settings: a checkpoint of others is refused.
+        decay: of the moving average; None: none.
+    """
+
+    def __init__(
+        self,
+        trained: dict[str, nn.Parameter],
+        optimizer: Any,
+        settings: Mapping[str, Any],
+        decay: float | None,
+    ) -> None:
+        self.trained, self.optimizer, self.settings = trained, optimizer, dict(settings)
+        self.decay, self.average = decay, None
+        if decay is not None:
+            self.average = {name: value.detach().clone() for name, value in trained.items()}
+        self.step, self.seconds = 0, 0.0
+
+    def content(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "config": self.settings,
+            "weights": {name: value.detach() for name, value in self.trained.items()},
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def restore(self, folder: Path) -> None:
+        state = load_state(folder)
+        if state is None:
+            return
+        if state["config"] != self.settings:
+            raise DistillationError(
+                f"expected the settings that {folder / STATE} was begun with, {state['config']}, "
+                f"got {self.settings}; go on with those, or choose another folder"
+            )
+        if state["weights"].keys() != self.trained.keys():
+            raise DistillationError(
+                f"expected a checkpoint of the {len(self.trained)} tensors trained here in "
+                f"{folder / STATE}, it holds {len(state['weights'])} others; choose another folder"
+            )
+        with torch.no_grad():
+            for name, value in self.trained.items():
+                value.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average = state["average"]
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        if self.average is None or self.decay is None:
+            return
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        for name, value in self.trained.items():
+            self.average[name].lerp_(value.detach().to(self.average[name]), 1 - decay)
+
+
+def forget_after(log: Path, step: int) -> None:
+    """Drop what a killed run logged after its last checkpoint: those steps are done again."""
+    if not log.exists():
+        return
+    kept = []
+    for line in log.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break  # the line a kill cut off; nothing follows it
+    partial = log.with_name(log.name + ".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, log)
+
+
+def kept(folder: Path) -> str:
+    """What an error says about the last checkpoint."""
+    state = load_state(folder)
+    if state is None:
+        return "no checkpoint was written yet;"
+    return f"the checkpoint of step {state['step']} is kept in {folder / STATE};"
