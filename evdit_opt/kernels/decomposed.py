@@ -16,10 +16,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from evdit_opt.kernels.constants import constant
 from evdit_opt.kernels.decomposition import Block, Decomposition, decompose
 from evdit_opt.kernels.dense import attend as dense_attend
-from evdit_opt.kernels.dense import key_bias, lse_dtype
+from evdit_opt.kernels.dense import key_bias
 from evdit_opt.kernels.geometry import Geometry, Ranges, own_windows, take
 from evdit_opt.kernels.pieces import Part, Piece, pieces_of, put_together, shared_ranges
 
@@ -128,25 +127,22 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class _Keys:
-    """Keys that all sparse rows see, side by side, and their log-weight per sparse row."""
+    """Keys that all sparse rows see, side by side."""
 
     k: Tensor  # [batch, heads, keys, head_dim]
     v: Tensor
     bias: Tensor | None  # [batch | 1, heads | 1, 1, keys]
-    weights: Tensor | None  # [sparse rows]; None if all are 0
 
 
 def _shared_keys(call: _Call, plan: Decomposition) -> list[_Keys]:
     """The groups of shared keys, copied next to one another once."""
     keys = []
-    for ranges, weights in shared_ranges(plan, call.geometry):
+    for ranges, _ in shared_ranges(plan, call.geometry):
         bias = None
         if call.bias is not None:
             bias = call.take_keys(call.bias.transpose(2, 3), ranges).transpose(2, 3)
-        like = call.q.new_empty(0, dtype=lse_dtype(call.q.dtype))
-        shift = constant(weights, like) if any(weights) else None
         k, v = (call.take_keys(x, ranges) for x in (call.k, call.v))
-        keys.append(_Keys(k, v, bias, shift))
+        keys.append(_Keys(k, v, bias))
     return keys
 
 
@@ -154,19 +150,15 @@ def _sparse_rows(call: _Call, block: Block, q: Tensor, shared: list[_Keys]) -> l
     """The parts of a block of sparse rows; ``q`` are its queries, side by side."""
     rows = block.count
     parts: list[Part] = []
-    for start, stop, weight in block.own:
+    for start, stop, _ in block.own:
         k, v = (_own(call, x, block, start, stop) for x in (call.k, call.v))
         bias = None
         if call.bias is not None:
             bias = _own(call, call.bias.transpose(2, 3), block, start, stop).transpose(2, 3)
-        out, lse = call.attend(_by_row(q, rows), k, v, bias, call.scale)
-        parts.append((out, lse + weight if weight else lse))
+        parts.append(call.attend(_by_row(q, rows), k, v, bias, call.scale))
     for keys in shared:
         out, lse = call.attend(q, keys.k, keys.v, keys.bias, call.scale)
-        out, lse = _by_row(out, rows), _by_row(lse.unsqueeze(-1), rows).squeeze(-1)
-        if keys.weights is not None:
-            lse = lse + keys.weights[block.position : block.position + rows, None, None]
-        parts.append((out, lse))
+        parts.append((_by_row(out, rows), _by_row(lse.unsqueeze(-1), rows).squeeze(-1)))
     return parts
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from evdit_opt.kernels.constants import constant
 from evdit_opt.kernels.decomposition import Block, Decomposition
 from evdit_opt.kernels.dense import lse_dtype
 from evdit_opt.kernels.geometry import Geometry, Ranges
@@ -45,14 +46,14 @@ class Piece:
         heads: of the query heads; of each key head one.
         ranges: their tokens.
         block: the sparse rows they are; None: they see the whole sequence.
-        parts: number of dense calls.
+        weights: of every dense call the log-weight of its keys, for each row.
     """
 
     batch: slice
     heads: slice
     ranges: Ranges
     block: Block | None
-    parts: int
+    weights: tuple[tuple[float, ...], ...]
 
     @property
     def rows(self) -> int:
@@ -77,23 +78,33 @@ def pieces_of(
     # The rows of a block take the place of the batch.
     one_by_one = q.shape[0] > 1 and any(block.count > 1 for block in blocks)
     batches = [slice(b, b + 1) for b in range(q.shape[0])] if one_by_one else [slice(None)]
-    shared = len(shared_ranges(plan, geometry))
+    shared = [weights for _, weights in shared_ranges(plan, geometry)]
     groups = q.shape[1] // kv_heads
     pieces = []
     for group in range(groups):
         # Query head h reads key head h // groups: a strided slice of the query heads, no copies.
         heads = slice(group, None, groups)
         if dense:
-            pieces.append(Piece(batch=slice(None), heads=heads, ranges=dense, block=None, parts=1))
+            everything = Piece(
+                batch=slice(None), heads=heads, ranges=dense, block=None, weights=((0.0,),)
+            )
+            pieces.append(everything)
         pieces += [
             Piece(
                 batch=batch, heads=heads, ranges=geometry.ranges(block.frames), block=block,
-                parts=len(block.own) + shared,
+                weights=_weights(block, shared),
             )
             for batch in batches
             for block in blocks
         ]  # fmt: skip
     return pieces
+
+
+def _weights(block: Block, shared: list[tuple[float, ...]]) -> tuple[tuple[float, ...], ...]:
+    """Of the own keys of a block, and of those that all sparse rows see."""
+    own = [(weight,) * block.count for *_, weight in block.own]
+    none, rows = (0.0,) * block.count, slice(block.position, block.position + block.count)
+    return (*own, *(weights[rows] if any(weights) else none for weights in shared))
 
 
 def shared_ranges(
@@ -128,13 +139,18 @@ def put_together(
         out like ``torch.empty_like(q)``, lse ``[batch, heads, seq]`` (natural log, float32 or 64).
     """
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
-    for piece, (first, *others) in zip(pieces, parts, strict=True):
-        rows, rows_lse = first
+    for piece, found in zip(pieces, parts, strict=True):
+        (rows, rows_lse), *others = map(_weighted, found, piece.weights)
         for part in others:
             rows, rows_lse = merge(rows, rows_lse, *part, may_be_empty=may_be_empty)
         put(rows, piece, out)
         put(rows_lse.unsqueeze(-1), piece, lse.unsqueeze(-1))
     return out, lse
+
+
+def _weighted(part: Part, weights: tuple[float, ...]) -> Part:
+    rows, lse = part
+    return rows, lse + constant(weights, lse)[:, None, None] if any(weights) else lse
 
 
 def put(rows: Tensor, piece: Piece, out: Tensor) -> None:

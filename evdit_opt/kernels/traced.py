@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from functools import reduce
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,23 +61,31 @@ def _layers(computed: Iterable[tuple[Piece, list[Part]]], seq: int) -> list[Part
         log-sum-exp ``[batch, seq, heads]``, -inf there.
     """
     layers: list[list[Part]] = []
+    weights: list[np.ndarray[Any, Any]] = []
     for piece, parts in computed:
+        tokens = np.concatenate([np.arange(*bounds) for bounds in piece.ranges])
         for n, (rows, lse) in enumerate(parts):
-            layers[n:] = layers[n:] or [[]]
-            in_order = _in_order(rows, piece, seq, 0.0)
-            lse_in_order = _in_order(lse.unsqueeze(-1), piece, seq, -math.inf).squeeze(-1)
+            if n == len(layers):
+                layers.append([])
+                weights.append(np.zeros(seq))
+            weights[n][tokens] = np.repeat(piece.weights[n], len(tokens) // piece.rows)
+            in_order = _in_order(rows, piece, tokens, seq, 0.0)
+            lse_in_order = _in_order(lse.unsqueeze(-1), piece, tokens, seq, -math.inf).squeeze(-1)
             layers[n].append((in_order, lse_in_order))
     # Every token is in one of the pieces.
     return [
         (
             reduce(torch.add, [rows for rows, _ in layer]),
-            reduce(torch.maximum, [lse for _, lse in layer]),
+            reduce(torch.maximum, [lse for _, lse in layer])
+            + torch.tensor(of_tokens, dtype=layer[0][1].dtype)[:, None],
         )
-        for layer in layers
+        for layer, of_tokens in zip(layers, weights, strict=True)
     ]
 
 
-def _in_order(x: Tensor, piece: Piece, seq: int, missing: float) -> Tensor:
+def _in_order(
+    x: Tensor, piece: Piece, tokens: np.ndarray[Any, Any], seq: int, missing: float
+) -> Tensor:
     """A part in the order of the tokens.
 
     Elements are numbered as they lie in memory, because a stride is a size, and sizes depend on the
@@ -85,6 +94,7 @@ def _in_order(x: Tensor, piece: Piece, seq: int, missing: float) -> Tensor:
     Args:
         x: ``[rows | batch, heads, queries, dim]``.
         piece: whose part it is.
+        tokens: its queries.
         seq: tokens of the sequence.
         missing: what tokens get that the piece does not have.
 
@@ -92,7 +102,6 @@ def _in_order(x: Tensor, piece: Piece, seq: int, missing: float) -> Tensor:
         ``[batch, seq, heads, dim]``.
     """
     query = np.full((1, seq, 1), -1)
-    tokens = np.concatenate([np.arange(*bounds) for bounds in piece.ranges])
     query[0, tokens, 0] = np.arange(len(tokens))
     there, row = query >= 0, np.arange(x.shape[0])[:, None, None]
     if piece.rows > 1:
@@ -100,7 +109,7 @@ def _in_order(x: Tensor, piece: Piece, seq: int, missing: float) -> Tensor:
     # Each [batch, seq, heads].
     places = [*np.broadcast_arrays(row, np.arange(x.shape[1]), query)]
     order = sorted(range(3), key=lambda dim: -x.stride()[dim])
-    if order[2] == 1:  # a token's heads lie side by side, and go together
+    if order[2] == 1 and x.shape[3] == 1:  # a token's heads side by side, a single number each
         order, places, there = order[:2], [place[..., 0] for place in places], there[..., 0]
     numbers = np.ravel_multi_index(
         [places[dim] for dim in order], [x.shape[dim] for dim in order], mode="wrap"
