@@ -30,13 +30,13 @@ from evdit_opt.distill.checkpoint import (
     kept,
     save_atomically,
 )
+from evdit_opt.distill.processes import make_accelerator
 from evdit_opt.errors import DistillationError
 
 __all__ = [
     "Losses",
     "Numbers",
     "TrainingConfig",
-    "is_main_process",
     "train",
 ]
 
@@ -155,7 +155,7 @@ def train(
         DistillationError: nothing to train, a checkpoint of another run, or a loss that is not
             finite; the last checkpoint stays as it is.
     """
-    accelerator = _accelerator(config, folder)
+    accelerator = make_accelerator(folder, config.tensorboard)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     if not trained:
         raise DistillationError("expected parameters that require gradients, the model has none")
@@ -208,42 +208,6 @@ def train(
                 break
     accelerator.wait_for_everyone()
     accelerator.free_memory()
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one that writes."""
-    from accelerate import PartialState
-
-    return bool(PartialState().is_main_process)
-
-
-def _accelerator(config: TrainingConfig, folder: Path) -> Any:
-    """One process or many, as it was launched; what a launch may ask for and we do not do, we say.
-
-    accelerate would not: on a CPU it ignores its FSDP plugin without a word, and its float16 needs
-    losses that are scaled.
-    """
-    from accelerate import Accelerator
-    from accelerate.utils import parse_flag_from_env
-
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
-            raise DistillationError(
-                f"expected a launch without {name}, which is not supported; launch with "
-                "torchrun, or with accelerate launch --multi_gpu"
-            )
-    # Its settings are one per process; those that differ from stage to stage are ours.
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        log_with="tensorboard" if config.tensorboard else None,
-        project_dir=folder,
-    )
-    if accelerator.mixed_precision != "no":
-        raise DistillationError(
-            f"expected a launch with mixed_precision no, got {accelerator.mixed_precision}; set "
-            "bf16: true of the stage instead (float16 is not supported: small gradients vanish)"
-        )
-    return accelerator
 
 
 @contextmanager

@@ -25,14 +25,15 @@ from evdit_opt.distill.config import FinetuneConfig
 from evdit_opt.distill.data import LatentShards, teacher_latents
 from evdit_opt.distill.encode import encode_videos
 from evdit_opt.distill.knowledge import SiteOutputs
-from evdit_opt.distill.loop import Losses, TrainingConfig, is_main_process, train
+from evdit_opt.distill.loop import Losses, TrainingConfig, train
+from evdit_opt.distill.processes import first_process, processes
 from evdit_opt.distill.samples import write_samples
 from evdit_opt.distill.saved import save_finetuned
 from evdit_opt.distill.segments import segments_of
 from evdit_opt.distill.stages import Setting, consistency_stage, knowledge_stage
 from evdit_opt.errors import AlreadyOptimizedError, DistillationError
 from evdit_opt.models import denoiser_of
-from evdit_opt.plan import Plan
+from evdit_opt.plan import PLAN_FILE, Plan
 from evdit_opt.scheduler import FewStepScheduler
 
 __all__ = ["Finetuning", "finetune"]
@@ -131,8 +132,9 @@ class Finetuning:
         folder = self.config.folder / f"{index + 1}-{name}"
         folder.mkdir(parents=True, exist_ok=True)
         if name == "search":
-            if not (folder / PLAN).exists():
-                self._search(index).save(folder / PLAN)
+            with first_process() as mine:
+                if mine and not (folder / PLAN).exists():
+                    self._search(index).save(folder / PLAN)
             self.plan = Plan.load(folder / PLAN)
             return
         if (folder / WEIGHTS).exists():
@@ -142,7 +144,9 @@ class Finetuning:
             for record in train(self.model, losses, settings, folder):
                 logger.info("%s %s", name, record)
                 self._sample(index, folder / "samples", record["step"])
-        save_weights(self.model, folder / WEIGHTS)
+        with first_process() as mine:
+            if mine:
+                save_weights(self.model, folder / WEIGHTS)
 
     @contextmanager
     def losses(
@@ -192,7 +196,11 @@ class Finetuning:
     def finish(self) -> Plan | None:
         """Save the result, and give the pipeline its scheduler."""
         result = self.config.folder / "result"
-        self.plan = save_finetuned(self.model, self.few, self.config, self.plan, result)
+        with first_process() as mine:
+            if mine:
+                self.plan = save_finetuned(self.model, self.few, self.config, self.plan, result)
+        if self.plan is not None:
+            self.plan = Plan.load(result / PLAN_FILE)
         self.model.requires_grad_(False)
         self.pipe.scheduler = self.few
         logger.info("call the pipeline with guidance_scale=1: guidance is in its weights now")
@@ -217,7 +225,7 @@ class Finetuning:
     def _sample(self, index: int, folder: Path, step: int) -> None:
         """Clips of the model in training, where they are due."""
         wanted = self.config.samples
-        if wanted is None or step % wanted.every or not is_main_process():
+        if wanted is None or step % wanted.every or not processes().is_main_process:
             return
         few = "consistency" in self.config.stages[: index + 1]
         steps = self.steps if few else self.config.full_steps
@@ -229,8 +237,17 @@ class Finetuning:
         if config.latents is not None:
             return LatentShards(config.latents)
         folder = config.folder / "latents"
+        with first_process() as mine:
+            if mine:
+                self._fill(folder)
+        return LatentShards(folder)
+
+    def _fill(self, folder: Path) -> None:
+        """Make all latents that are not there yet."""
+        config = self.config
         if config.data is not None:
-            return encode_videos(self.pipe, config.data, folder, self.search.pipe_kwargs)
+            encode_videos(self.pipe, config.data, folder, self.search.pipe_kwargs)
+            return
         self.pipe.transformer = self.teacher
         try:
             teacher_latents(
@@ -244,7 +261,6 @@ class Finetuning:
             )
         finally:
             self.pipe.transformer = self.model
-        return LatentShards(folder)
 
     def _guided(self) -> dict[str, Any]:
         call = {**self.search.pipe_kwargs, "guidance_scale": self.config.guidance}

@@ -159,6 +159,18 @@ def test_a_disk_that_is_full_while_training(tmp_path: Path, full_disk, file: str
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
+@pytest.mark.parametrize("content", [b"", b"nonsense" * 99, None], ids=["empty", "other", "cut"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, content: bytes | None) -> None:
+    """And left where it is: it may be all that somebody has."""
+    list(train(network(), losses, TrainingConfig(steps=2), tmp_path))
+    path = tmp_path / "state.pt"
+    damaged = path.read_bytes()[:999] if content is None else content
+    path.write_bytes(damaged)
+    with pytest.raises(DistillationError, match=r"checkpoint in .*state\.pt, cannot read it"):
+        list(train(network(), losses, TrainingConfig(steps=2), tmp_path))
+    assert path.read_bytes() == damaged
+
+
 def test_other_settings_do_not_continue_a_run(tmp_path: Path) -> None:
     list(train(network(), losses, TrainingConfig(steps=2), tmp_path))
     with pytest.raises(DistillationError, match="choose another folder"):

@@ -1,0 +1,70 @@
+"""One process or many: what a launch may ask for, and what only one of them does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evdit_opt.errors import DistillationError
+
+__all__ = ["first_process", "make_accelerator", "processes"]
+
+PATIENCE = timedelta(days=1)
+"""How long processes wait for the one that encodes; torchrun ends them if it dies."""
+
+
+def processes() -> Any:
+    """accelerate's state of the processes of this launch; the first call joins them."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+
+
+@contextmanager
+def first_process() -> Iterator[bool]:
+    """True in one process, for whom the others wait at the end."""
+    state = processes()
+    yield state.is_main_process
+    state.wait_for_everyone()
+
+
+def make_accelerator(folder: Path, tensorboard: bool) -> Any:
+    """An ``Accelerator`` of this launch; what was asked for and is not done here, is said.
+
+    accelerate would not: on a CPU it ignores its FSDP plugin without a word, and its float16 needs
+    losses that are scaled.
+
+    Args:
+        folder: for its trackers.
+        tensorboard: make that one of them.
+
+    Raises:
+        DistillationError: a launch with FSDP, DeepSpeed, Megatron-LM or mixed precision.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import parse_flag_from_env
+
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise DistillationError(
+                f"expected a launch without {name}, which is not supported; launch with "
+                "torchrun, or with accelerate launch --multi_gpu"
+            )
+    processes()
+    # Its settings are one per process; those that differ from stage to stage are the caller's.
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        log_with="tensorboard" if tensorboard else None,
+        project_dir=folder,
+    )
+    if accelerator.mixed_precision != "no":
+        raise DistillationError(
+            f"expected a launch with mixed_precision no, got {accelerator.mixed_precision}; set "
+            "bf16: true of the stage instead (float16 is not supported: small gradients vanish)"
+        )
+    return accelerator
