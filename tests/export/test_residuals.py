@@ -34,6 +34,7 @@ from tests.models.toy_dit import make_plan, toy_rules
 # (test_program.py), and starts from what the steps before it were off by.
 ROUNDED = len(LEVELS) * 16 * torch.finfo(torch.float32).eps
 SITES = ("blocks.0.attn1", "blocks.1.attn1")
+Toy = tuple[Planned, dict[str, ExportedProgram]]
 
 
 def exported(given: Planned, **options: Any) -> dict[str, ExportedProgram]:
@@ -41,6 +42,12 @@ def exported(given: Planned, **options: Any) -> dict[str, ExportedProgram]:
         mode: export_program(given.model, given.call, given.plan, mode=mode, **options)
         for mode in sorted(set(MODES))
     }
+
+
+@pytest.fixture(scope="module")
+def toy() -> Toy:
+    given = reusing("toy")
+    return given, exported(given)
 
 
 def run(given: Planned, programs: dict[str, ExportedProgram]) -> list[Tensor]:
@@ -87,10 +94,10 @@ def test_standard_operators_compute_the_same() -> None:
         assert {target.namespace for target in calls if hasattr(target, "namespace")} == {"aten"}
 
 
-def test_nothing_but_residuals_goes_in_and_out() -> None:
-    given = reusing("toy")
+def test_nothing_but_residuals_goes_in_and_out(toy: Toy) -> None:
+    given, programs = toy
     own = {"hidden_states", "text", "timestep"}
-    for mode, program in exported(given).items():
+    for mode, program in programs.items():
         signature, values = program.graph_signature, residual_values(program, mode)
         assert tuple(values.values()) == (() if mode == "dense" else SITES)
         assert set(signature.user_inputs) == own | (set(values) if mode == "reuse" else set())
@@ -103,10 +110,10 @@ def test_nothing_but_residuals_goes_in_and_out() -> None:
         assert set(program.state_dict) == set(given.model.state_dict())
 
 
-def test_save_and_load(tmp_path: Path) -> None:
-    given = reusing("toy")
+def test_save_and_load(toy: Toy, tmp_path: Path) -> None:
+    given, programs = toy
     loaded = {}
-    for mode, program in exported(given).items():
+    for mode, program in programs.items():
         torch.export.save(program, tmp_path / f"{mode}.pt2")
         loaded[mode] = torch.export.load(tmp_path / f"{mode}.pt2")
     assert apart(run(given, loaded), in_this_package(given)) < ROUNDED
@@ -122,12 +129,9 @@ def test_a_model_with_the_plan_applied_stays_as_it_is() -> None:
     assert apart(again, in_this_package(reusing("toy"))) == 0.0
 
 
-def test_wrong_residuals_are_refused_by_name() -> None:
-    given = reusing("toy")
-    refresh, reuse = (
-        export_program(given.model, given.call, given.plan, mode=mode).module()
-        for mode in ("refresh", "reuse")
-    )
+def test_wrong_residuals_are_refused_by_name(toy: Toy) -> None:
+    given, programs = toy
+    refresh, reuse = (programs[mode].module() for mode in ("refresh", "reuse"))
     _, residuals = refresh(**given.call)
     with pytest.raises(ValueError, match="residuals"):
         reuse(**given.call)
