@@ -52,12 +52,14 @@ def _load(path: Path) -> "Finetuning":
     from evdit_opt.config import Config
     from evdit_opt.distill.config import read_config
     from evdit_opt.distill.pipeline import Finetuning
+    from evdit_opt.distill.processes import processes
     from evdit_opt.errors import DistillationError
     from evdit_opt.inspection.target import find_target
 
     job = read_config(path)
     if job.dtype not in (None, "float32", "bfloat16"):
         raise DistillationError(f"expected dtype float32 or bfloat16, got {job.dtype!r}")
+    processes()  # joined before a model is loaded: "cuda" then means this process's own
     dtype = None if job.dtype is None else getattr(torch, job.dtype)
     found = find_target(job.pipeline, job.prompts, job.call, job.device, dtype)
     try:

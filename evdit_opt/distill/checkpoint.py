@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from evdit_opt.distill.sharding import placed_like, placed_optimizer, whole
 from evdit_opt.errors import DistillationError
 
 __all__ = [
@@ -100,13 +101,20 @@ class TrainingState:
         self.step, self.seconds = 0, 0.0
 
     def content(self) -> dict[str, Any]:
+        """Whole tensors; where they are sharded, all processes have to ask."""
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = {
+            number: {name: whole(value) for name, value in values.items()}
+            for number, values in optimizer["state"].items()
+        }
+        average = self.average
         return {
             "step": self.step,
             "seconds": self.seconds,
             "config": self.settings,
-            "weights": {name: value.detach() for name, value in self.trained.items()},
-            "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
+            "weights": {name: whole(value.detach()) for name, value in self.trained.items()},
+            "average": average and {name: whole(value) for name, value in average.items()},
+            "optimizer": optimizer,
         }
 
     def restore(self, folder: Path) -> None:
@@ -125,9 +133,12 @@ class TrainingState:
             )
         with torch.no_grad():
             for name, value in self.trained.items():
-                value.copy_(state["weights"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.average = state["average"]
+                value.copy_(placed_like(state["weights"][name], value))
+        parameters = self.trained.values()
+        self.optimizer.load_state_dict(placed_optimizer(state["optimizer"], parameters))
+        if state["average"] is not None:
+            average = state["average"]
+            self.average = {n: placed_like(average[n], v) for n, v in self.trained.items()}
         self.step, self.seconds = state["step"], state["seconds"]
 
     @torch.no_grad()
@@ -136,7 +147,8 @@ class TrainingState:
             return
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
         for name, value in self.trained.items():
-            self.average[name].lerp_(value.detach().to(self.average[name]), 1 - decay)
+            average = self.average[name]
+            average.lerp_(value.detach().to(average.device, average.dtype), 1 - decay)
 
 
 def forget_after(log: Path, step: int) -> None:

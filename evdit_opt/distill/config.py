@@ -69,6 +69,7 @@ class FinetuneConfig:
     samples: SampleConfig | None = None
 
     def __post_init__(self) -> None:
+        learns = "consistency" in self.stages
         unknown = [name for name in self.stages if name not in STAGES]
         if unknown or not self.stages or len(set(self.stages)) != len(self.stages):
             raise DistillationError(
@@ -87,6 +88,12 @@ class FinetuneConfig:
             raise DistillationError(f"expected lora_rank above 0 or none, got {self.lora_rank!r}")
         if self.huber is not None and not self.huber > 0:
             raise DistillationError(f"expected huber above 0 or none, got {self.huber!r}")
+        sparse = "search" in self.stages[: self._place("consistency")] if learns else False
+        if self.knowledge.shard or (self.consistency.shard and (sparse or self.samples)):
+            raise DistillationError(
+                "expected shard in the consistency stage only, before the search and without "
+                "samples: a model that runs under a plan, or makes clips, is not sharded"
+            )
         if self.latents is not None and self.data is not None:
             raise DistillationError("expected latents or data, got both; leave one out")
         if not self.guidance >= 1:

@@ -78,19 +78,25 @@ def reach_back(
 
 @torch.no_grad()
 def consistency_target(
-    segments: Segments, draw: Draw, sample: torch.Tensor, teacher: Model, student: Model
+    segments: Segments,
+    draw: Draw,
+    sample: torch.Tensor,
+    teacher: Model,
+    student: Model,
+    always: bool = False,
 ) -> torch.Tensor:
     """The clean sample that the student is asked for at ``draw.start``; no gradient.
 
     The teacher steps to ``draw.next``, the student goes on from there to the segment's edge. Where
     the teacher's step ends on the edge the student has no say: this is what anchors the whole
-    segment, and why a constant student is not a solution.
+    segment, and why a constant student is not a solution. ``always`` calls it even where no sample
+    needs it: the processes of a sharded student have to call it equally often.
     """
     after = jump(segments, teacher, sample, draw.start, draw.next)
     # The student's jump divides by the noise there, and at the clean end there is none.
     inside = draw.next < draw.edge
     landed = after.clone()
-    if bool(inside.any()):
+    if always or bool(inside.any()):
         # All of the batch, also those that are there already: the prompt is bound to the model.
         start = torch.where(inside, draw.next, draw.start)
         onward = jump(segments, student, after, start, draw.edge)

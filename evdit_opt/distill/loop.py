@@ -31,6 +31,7 @@ from evdit_opt.distill.checkpoint import (
     save_atomically,
 )
 from evdit_opt.distill.processes import make_accelerator
+from evdit_opt.distill.sharding import sharded_copy, take_back, whole
 from evdit_opt.errors import DistillationError
 
 __all__ = [
@@ -83,6 +84,7 @@ class TrainingConfig:
         checkpointing: recompute activations in the backward, as diffusers models offer it.
         save_every: steps between checkpoints.
         tensorboard: write TensorBoard's event files too, in the stage's folder.
+        shard: spread the student's weights, gradients and optimizer over all processes (FSDP).
     """
 
     steps: int
@@ -99,6 +101,7 @@ class TrainingConfig:
     checkpointing: bool = False
     save_every: int = 50
     tensorboard: bool = False
+    shard: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "save_every"):
@@ -119,7 +122,7 @@ class TrainingConfig:
     def settings(self) -> dict[str, Any]:
         """What a training depends on."""
         values = asdict(self)
-        del values["save_every"], values["tensorboard"]
+        del values["save_every"], values["tensorboard"], values["shard"]
         return values
 
     def rate(self, step: int) -> float:
@@ -142,8 +145,8 @@ def train(
     Args:
         model: changed in place.
         losses: see `Losses`; called with the model as accelerate wraps it.
-        config: a checkpoint of another one is refused, but for ``save_every`` and
-            ``tensorboard``.
+        config: a checkpoint of another one is refused, but for ``save_every``,
+            ``tensorboard`` and ``shard``.
         folder: holds ``state.pt``, which is always a whole checkpoint, and ``log.jsonl``, a line a
             step; and ``tensorboard/``, where that is asked for.
         stop: asked after each step; True saves and ends early.
@@ -153,14 +156,16 @@ def train(
 
     Raises:
         DistillationError: nothing to train, a checkpoint of another run, or a loss that is not
-            finite; the last checkpoint stays as it is.
+            finite; the last checkpoint stays as it is. Also ``shard`` with one process.
     """
     accelerator = make_accelerator(folder, config.tensorboard)
-    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    kept_on = next(model.parameters()).device
+    worker = _sharded(model, accelerator) if config.shard else model
+    trained = {name: value for name, value in worker.named_parameters() if value.requires_grad}
     if not trained:
         raise DistillationError("expected parameters that require gradients, the model has none")
     if config.checkpointing:
-        _checkpoint_activations(model)
+        _checkpoint_activations(worker)
     optimizer = torch.optim.AdamW(
         trained.values(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay
     )
@@ -169,7 +174,9 @@ def train(
     state.restore(folder)
     if accelerator.is_main_process:
         forget_after(folder / LOG, state.step)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    wrapped = worker
+    if not config.shard:
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
     per_process = config.batch * config.accumulate
     started = time.monotonic() - state.seconds
     with _tracked(accelerator, state.step):
@@ -177,7 +184,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = config.rate(state.step)
             totals = _accumulate(wrapped, losses, config, accelerator, state.step)
-            norm = float(accelerator.clip_grad_norm_(list(trained.values()), config.clip))
+            norm = float(whole(accelerator.clip_grad_norm_(list(trained.values()), config.clip)))
             if not (math.isfinite(totals["loss"]) and math.isfinite(norm)):
                 raise DistillationError(
                     f"expected a finite loss, got {totals['loss']} (gradient norm {norm}) at step "
@@ -198,16 +205,29 @@ def train(
                 **curves,
             }
             done = state.step == config.steps or stop(state.step)
+            save = done or state.step % config.save_every == 0
+            content = state.content() if save and config.shard else None
             if accelerator.is_main_process:
                 append(folder / LOG, record)
-                if done or state.step % config.save_every == 0:
-                    save_atomically(folder / STATE, state.content())
+                if save:
+                    save_atomically(folder / STATE, content or state.content())
             accelerator.log(curves, step=state.step)
             yield record
             if done:
                 break
+    if config.shard:
+        take_back(model, worker, kept_on)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
+
+
+def _sharded(model: nn.Module, accelerator: Any) -> nn.Module:
+    if accelerator.num_processes == 1:
+        raise DistillationError(
+            "expected several processes for shard=True, this is the only one; launch with "
+            "torchrun --nproc_per_node N, or set shard=False"
+        )
+    return sharded_copy(model)
 
 
 @contextmanager

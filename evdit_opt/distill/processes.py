@@ -52,8 +52,8 @@ def make_accelerator(folder: Path, tensorboard: bool) -> Any:
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise DistillationError(
-                f"expected a launch without {name}, which is not supported; launch with "
-                "torchrun, or with accelerate launch --multi_gpu"
+                f"expected a launch without {name}, which is not supported; launch with torchrun, "
+                "and set shard: true of the stage to spread weights and optimizer"
             )
     processes()
     # Its settings are one per process; those that differ from stage to stage are the caller's.

@@ -82,7 +82,8 @@ def consistency_stage(setting: Setting, teacher: nn.Module, latents: LatentShard
             conditions.bind(teacher, prompts), conditions.bind(teacher, negative), config.guidance
         )
         student = conditions.bind(model, prompts)
-        target = consistency_target(segments, draw, sample, guide, student)
+        shard = config.consistency.shard
+        target = consistency_target(segments, draw, sample, guide, student, always=shard)
         output = student(*segments.model_input(sample, draw.start))
         error = consistency_loss(segments, draw, sample, target, output, config.huber)
         return {"loss": error.mean()}

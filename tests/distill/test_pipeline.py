@@ -128,21 +128,26 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
         (clips / f"{number}.txt").write_text(sample_clip(number).caption)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     script = Path(__file__).with_name("whole_run.py")
-    for processes, batch in (("1", "2"), ("2", "1")):
-        command = [*launch, processes, str(script), str(tmp_path / processes), str(clips), batch]
+    curves, start = {}, load_tinywan().transformer.state_dict()
+    for name, processes, batch, shard in (("one", 1, 2, 0), ("two", 2, 1, 0), ("shards", 2, 1, 1)):
+        given = [str(tmp_path / name), str(clips), str(batch), str(shard), "0"]
+        command = [*launch, str(processes), str(script), *given]
         subprocess.run(command, check=True, capture_output=True, timeout=300)
-        read = (tmp_path / f"{processes}.read").read_text().splitlines()
+        read = (tmp_path / f"{name}.read").read_text().splitlines()
         assert sorted(read) == ["0.mp4", "1.mp4", "2.mp4"]
-        restore_finetuned(load_tinywan(), tmp_path / processes / "result")
-    one, two = (
-        [json.loads(line) for line in (tmp_path / n / "1-consistency/log.jsonl").open()]
-        for n in ("1", "2")
-    )
-    assert [r["samples"] for r in one] == [r["samples"] for r in two] == [2, 4, 6, 8, 10, 12]
+        restored = load_tinywan()
+        restore_finetuned(restored, tmp_path / name / "result")
+        learned = restored.transformer.state_dict()
+        assert any(not torch.equal(value, start[key]) for key, value in learned.items())
+        lines = (tmp_path / name / "1-consistency/log.jsonl").read_text().splitlines()
+        curves[name] = [json.loads(line) for line in lines]
+        assert [record["samples"] for record in curves[name]] == [2, 4, 6, 8, 10, 12]
     # Before the first update: outputs of size 1 differ by the order of 64 products, the loss is the
     # mean square of errors of about 0.1.
-    assert one[0]["loss"] > 0.1**2
-    assert abs(one[0]["loss"] - two[0]["loss"]) < 2 * 64 * 2**-23 * one[0]["loss"] / 0.1
+    first = curves["one"][0]["loss"]
+    assert first > 0.1**2
+    for name in ("two", "shards"):
+        assert abs(curves[name][0]["loss"] - first) < 2 * 64 * 2**-23 * first / 0.1
 
 
 @pytest.mark.slow

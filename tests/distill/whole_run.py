@@ -1,4 +1,4 @@
-"""A whole fine-tuning of TinyWan on a folder of videos, for torchrun: folder, clips, batch."""
+"""TinyWan fine-tuned on a folder of videos, for torchrun: folder, clips, batch, shard, rank."""
 
 import sys
 from pathlib import Path
@@ -27,9 +27,16 @@ if __name__ == "__main__":
         return read(path, *given)
 
     encode.read_clip = reading
+    batch, shard, rank = map(int, sys.argv[3:])
     config = FinetuneConfig(
-        folder=Path(sys.argv[1]), stages=("consistency",), guidance=2.0, full_steps=6,
+        folder=Path(sys.argv[1]),
+        stages=("consistency",),
+        guidance=2.0,
+        full_steps=6,
+        lora_rank=rank or None,
         data=VideoData(videos=Path(sys.argv[2])),
-        consistency=TrainingConfig(steps=6, batch=int(sys.argv[3]), learning_rate=1e-3, warmup=1),
-    )  # fmt: skip
+        consistency=TrainingConfig(
+            steps=6, batch=batch, learning_rate=1e-3, warmup=1, shard=bool(shard)
+        ),
+    )
     finetune(load_tinywan(), ("a red circle",), config, steps=2, search=Config(pipe_kwargs=CALL))
