@@ -18,6 +18,7 @@ __all__ = [
     "QualityFloorError",
     "SchedulerError",
     "UnsupportedInputError",
+    "VideoError",
 ]
 
 
@@ -71,6 +72,10 @@ class SchedulerError(EvditError, ValueError):
 
 class DistillationError(EvditError, RuntimeError):
     """Training cannot start or go on; what was trained so far is kept where the message says."""
+
+
+class VideoError(DistillationError):
+    """A video cannot be read, or is too short; others may do."""
 
 
 class QualityFloorError(CalibrationError):

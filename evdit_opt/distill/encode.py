@@ -21,8 +21,8 @@ import torch
 
 from evdit_opt.distill.conditions import Conditions
 from evdit_opt.distill.data import LatentShards, Sample, SkipClip, write_shards
-from evdit_opt.distill.videos import CaptionedVideo, VideoError, check_clip, list_videos, read_clip
-from evdit_opt.errors import DistillationError
+from evdit_opt.distill.videos import CaptionedVideo, check_clip, list_videos, read_clip
+from evdit_opt.errors import DistillationError, VideoError
 from evdit_opt.models import config_hash
 
 __all__ = ["Encoder", "VideoCheck", "VideoData", "check_videos", "encode_videos", "latent_scale"]
@@ -165,7 +165,7 @@ class Encoder:
             free = getattr(self.pipe, "maybe_free_model_hooks", None)
             if free is not None:
                 free()  # as the call would have done at its end
-        given = seen[0].float().cpu()
+        given = seen[0].float().cpu() if seen else torch.empty(0)
         back = (given - self.shift) * self.scale if given.shape == latents.shape else given
         # The pipeline's products and sums, then ours, in the precision of the autoencoder.
         largest = max(float(latents.abs().max()), float((self.shift * self.scale).abs().max()))

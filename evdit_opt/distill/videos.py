@@ -7,6 +7,7 @@ The layout is that of a Hugging Face video folder, ``metadata.jsonl`` or a CSV w
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -16,17 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from evdit_opt.errors import DistillationError
+from evdit_opt.errors import DistillationError, VideoError
 
-__all__ = ["CaptionedVideo", "VideoError", "VideoFolder", "check_clip", "list_videos", "read_clip"]
+__all__ = ["CaptionedVideo", "VideoFolder", "check_clip", "list_videos", "read_clip"]
 
 VIDEOS = (".mp4", ".webm", ".gif", ".avi", ".mov", ".mkv")
 PICTURES = (".png", ".jpg", ".jpeg")
 LISTS = ("metadata.jsonl", "metadata.csv", "captions.csv")
-
-
-class VideoError(DistillationError):
-    """One video cannot be used; the others can."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,12 +202,12 @@ KEYS = ("file_name", "text")
 
 
 def _entries(path: Path) -> Iterator[tuple[int, object]]:
-    lines = _text(path).splitlines()
+    text = _text(path)
     if path.suffix == ".csv":
-        reader = csv.DictReader(lines)
+        reader = csv.DictReader(io.StringIO(text, newline=""))
         yield from ((reader.line_num, row) for row in reader)
         return
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):  # captions may hold other line separators
         if line.strip():
             try:
                 yield number, json.loads(line)

@@ -1,12 +1,14 @@
 """Videos become TinyWan's latents and text, once, scaled as the pipeline itself scales them."""
 
 import logging
+from functools import wraps
 from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from diffusers import WanPipeline
 
 from evdit_opt.demo.clips import draw_clip, sample_clip
 from evdit_opt.demo.tinywan import load_tinywan
@@ -181,6 +183,14 @@ def test_a_full_disk_keeps_what_is_there(tmp_path, pipe, clips, monkeypatch, ful
     assert len(LatentShards(tmp_path / "out")) == 1
 
 
+class NeverDecodes(WanPipeline):
+    """One whose autoencoder nobody calls, so that nothing is known about its latents."""
+
+    @wraps(WanPipeline.__call__)
+    def __call__(self, *given: object, **named: object) -> object:
+        return super().__call__(*given, **{**named, "output_type": "latent"})
+
+
 def test_a_scale_that_is_not_known_is_refused(pipe) -> None:
     class Nameless:
         config: dict = {}  # noqa: RUF012
@@ -194,6 +204,10 @@ def test_a_scale_that_is_not_known_is_refused(pipe) -> None:
     with pytest.raises(DistillationError, match="it does something else"):
         Encoder(fitting, CALL)
     assert "decode" not in vars(fitting.vae)
+    silent = load_tinywan()
+    silent.__class__ = NeverDecodes
+    with pytest.raises(DistillationError, match="it does something else"):
+        Encoder(silent, CALL)
 
 
 def test_a_size_that_the_pipeline_does_not_make_is_refused(pipe) -> None:

@@ -7,8 +7,8 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from evdit_opt.distill.videos import VideoError, check_clip, list_videos, read_clip
-from evdit_opt.errors import DistillationError
+from evdit_opt.distill.videos import check_clip, list_videos, read_clip
+from evdit_opt.errors import DistillationError, VideoError
 
 CODECS = {".mp4": "libx264", ".webm": "libvpx-vp9", ".avi": "mpeg4"}
 
@@ -75,6 +75,16 @@ def test_captions_are_found(tmp_path: Path, layout: str) -> None:
     found = list_videos(tmp_path)
     assert {video.path.name: video.caption for video in found.videos} == rows
     assert found.skipped == ()
+
+
+def test_captions_may_hold_line_breaks(tmp_path: Path) -> None:
+    write(tmp_path / "a.gif", grey(3), None)
+    (tmp_path / "captions.csv").write_text('file_name,text\na.gif,"red,\nmoving"\n')
+    assert list_videos(tmp_path).videos[0].caption == "red, moving"
+    (tmp_path / "captions.csv").unlink()
+    entry = json.dumps({"file_name": "a.gif", "text": "red\u2028moving"}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_text(f"{entry}\n", encoding="utf-8")
+    assert list_videos(tmp_path).videos[0].caption == "red moving"
 
 
 def test_what_is_left_out_is_named(tmp_path: Path) -> None:
