@@ -63,7 +63,8 @@ def _load(path: Path) -> "Finetuning":
     dtype = None if job.dtype is None else getattr(torch, job.dtype)
     found = find_target(job.pipeline, job.prompts, job.call, job.device, dtype)
     try:
-        search = Config(**job.search, pipe_kwargs=found.pipe_kwargs)
+        lists = {name: tuple(v) for name, v in job.search.items() if isinstance(v, list)}
+        search = Config(**{**job.search, **lists}, pipe_kwargs=found.pipe_kwargs)
     except TypeError as error:
         raise DistillationError(
             f"expected search in {path} to hold settings of evdit_opt.Config: {error}"

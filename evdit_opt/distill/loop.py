@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +30,7 @@ from evdit_opt.distill.checkpoint import (
     kept,
     save_atomically,
 )
-from evdit_opt.distill.processes import make_accelerator
+from evdit_opt.distill.processes import average_gradients, begin_alike, make_accelerator
 from evdit_opt.distill.sharding import sharded_copy, take_back, whole
 from evdit_opt.errors import DistillationError
 
@@ -144,7 +144,7 @@ def train(
 
     Args:
         model: changed in place.
-        losses: see `Losses`; called with the model as accelerate wraps it.
+        losses: see `Losses`; called with the model, or with its sharded copy.
         config: a checkpoint of another one is refused, but for ``save_every``,
             ``tensorboard`` and ``shard``.
         folder: holds ``state.pt``, which is always a whole checkpoint, and ``log.jsonl``, a line a
@@ -160,7 +160,7 @@ def train(
     """
     accelerator = make_accelerator(folder, config.tensorboard)
     kept_on = next(model.parameters()).device
-    worker = _sharded(model, accelerator) if config.shard else model
+    worker = _sharded(model, accelerator) if config.shard else model.to(accelerator.device)
     trained = {name: value for name, value in worker.named_parameters() if value.requires_grad}
     if not trained:
         raise DistillationError("expected parameters that require gradients, the model has none")
@@ -174,16 +174,18 @@ def train(
     state.restore(folder)
     if accelerator.is_main_process:
         forget_after(folder / LOG, state.step)
-    wrapped = worker
-    if not config.shard:
-        wrapped, optimizer = accelerator.prepare(model, optimizer)
+    many = accelerator.num_processes > 1 and not config.shard
+    if many:
+        begin_alike(trained.values())
     per_process = config.batch * config.accumulate
     started = time.monotonic() - state.seconds
     with _tracked(accelerator, state.step):
         while state.step < config.steps:
             for group in optimizer.param_groups:
                 group["lr"] = config.rate(state.step)
-            totals = _accumulate(wrapped, losses, config, accelerator, state.step)
+            totals = _accumulate(worker, losses, config, accelerator, state.step)
+            if many:
+                average_gradients(trained.values())
             norm = float(whole(accelerator.clip_grad_norm_(list(trained.values()), config.clip)))
             if not (math.isfinite(totals["loss"]) and math.isfinite(norm)):
                 raise DistillationError(
@@ -242,7 +244,7 @@ def _tracked(accelerator: Any, step: int) -> Iterator[None]:
 
 
 def _accumulate(
-    wrapped: nn.Module, losses: Losses, config: TrainingConfig, accelerator: Any, step: int
+    worker: nn.Module, losses: Losses, config: TrainingConfig, accelerator: Any, step: int
 ) -> dict[str, float]:
     """Gradients of one step; the means of its losses."""
     per_process = config.batch * config.accumulate
@@ -256,11 +258,9 @@ def _accumulate(
             samples=tuple(range(begin, begin + config.batch)),
             total=per_process * accelerator.num_processes,
         )
-        last = micro + 1 == config.accumulate
-        with nullcontext() if last else accelerator.no_sync(wrapped):
-            with autocast:
-                found = losses(wrapped, numbers)
-            (found["loss"] / config.accumulate).backward()
+        with autocast:
+            found = losses(worker, numbers)
+        (found["loss"] / config.accumulate).backward()
         for name, value in found.items():
             mean = accelerator.reduce(value.detach().float(), reduction="mean")
             totals[name] = totals.get(name, 0.0) + float(mean) / config.accumulate

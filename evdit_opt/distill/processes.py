@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from evdit_opt.errors import DistillationError
 
-__all__ = ["first_process", "make_accelerator", "processes"]
+__all__ = ["average_gradients", "begin_alike", "first_process", "make_accelerator", "processes"]
 
 PATIENCE = timedelta(days=1)
 """How long processes wait for the one that encodes; torchrun ends them if it dies."""
@@ -68,3 +69,23 @@ def make_accelerator(folder: Path, tensorboard: bool) -> Any:
             "bf16: true of the stage instead (float16 is not supported: small gradients vanish)"
         )
     return accelerator
+
+
+@torch.no_grad()
+def begin_alike(parameters: Iterable[nn.Parameter]) -> None:
+    """Give all processes the first one's values."""
+    for value in parameters:
+        torch.distributed.broadcast(value.detach(), src=0)
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Give all processes the mean of their gradients.
+
+    ``DistributedDataParallel`` would do it while the backward runs, but Dynamo then compiles a
+    model in slices of its buckets' size, in which a plan's sites are cut in two.
+    """
+    for value in parameters:
+        if value.grad is not None:
+            torch.distributed.all_reduce(value.grad)
+            value.grad /= torch.distributed.get_world_size()

@@ -21,7 +21,7 @@ pipeline: tinywan
 prompts: [a red circle moving left]
 steps: 2
 call: {num_frames: 9, height: 48, width: 48}
-search: {density: 0.5, min_tokens: 0}
+search: {density: 0.5, min_tokens: 0, references: [1, 2]}
 finetune:
   folder: run
   full_steps: 6
