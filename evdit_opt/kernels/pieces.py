@@ -14,7 +14,7 @@ from torch import Tensor
 from evdit_opt.kernels.constants import constant
 from evdit_opt.kernels.decomposition import Block, Decomposition
 from evdit_opt.kernels.dense import lse_dtype
-from evdit_opt.kernels.geometry import Geometry, Ranges
+from evdit_opt.kernels.geometry import Geometry, Ranges, join
 from evdit_opt.kernels.merge import merge
 
 __all__ = [
@@ -120,7 +120,8 @@ def shared_ranges(
         if without is None:
             groups.append((geometry.text, (0.0,)))
         else:
-            groups[without] = (groups[without][0] + geometry.text, groups[without][1])
+            ranges, weights = groups[without]
+            groups[without] = (join(sorted(ranges + geometry.text)), weights)
     return groups
 
 
