@@ -79,6 +79,11 @@ def test_a_batch_of_two(case: Case, dtype: torch.dtype) -> None:
     shape = Shape(batch=2)
     model = case.model(shape).to(dtype)
     call = differing({name: cast(value, dtype) for name, value in case.inputs(shape).items()})
+    if dtype != torch.float32:
+        try:
+            model(**call)
+        except RuntimeError as error:  # Kandinsky 5 leaves parts in float32 to CUDA's autocast
+            pytest.skip(f"without a plan it does not run in {dtype} on a CPU: {error}")
     reference = Reference(case, model, call, shape)
     apply_plan(model, plan_of(case, model, shape), inner="eager")
     out = model(**call)[0]
