@@ -1,9 +1,10 @@
 """Few single calls under a plan against 50 guided dense steps: CPU time of the denoising loop.
 
-    python -m benchmarks.tinywan_composed --weights runs/tinywan/knowledge/student.safetensors
+    python -m benchmarks.tinywan_composed
 
-Both are compiled by Inductor, or neither (--eager). One thread and its CPU time, so that other work
-on the machine shows little; the runs are interleaved.
+Both shipped six-step students: the one taught to be sparse under its static mask, and the dense one
+under the plan that calibration found for it. All are compiled by Inductor, or none (--eager). One
+thread and its CPU time, so that other work on the machine shows little; the runs are interleaved.
 """
 
 import argparse
@@ -20,9 +21,12 @@ from benchmarks.tinywan_training import load_half
 from evdit_opt import FewStepScheduler
 from evdit_opt.apply import apply_plan
 from evdit_opt.demo.tinywan import TINYWAN_CALL, load_tinywan
+from evdit_opt.plan import Plan
 from evdit_opt.versions import installed_versions
 
 OUTPUT = Path("benchmarks/results/cpu/composed.json")
+STUDENTS = Path("benchmarks/students")
+STEPS = 6
 PROMPT = "a red circle moving left"
 
 
@@ -40,44 +44,62 @@ def seconds(pipe: Any, steps: int, guidance: float) -> float:
     return time.process_time() - begin
 
 
+def students() -> dict[str, tuple[Path, Plan]]:
+    """By name: weights, and the plan they run under."""
+    return {
+        "distilled, 2,1,balanced": (
+            STUDENTS / "tinywan_6_steps_sparse.safetensors", uniform(rule_of("2,1,balanced"))
+        ),
+        "calibrated for density 0.4": (
+            STUDENTS / "tinywan_6_steps.safetensors",
+            Plan.load(STUDENTS / "tinywan_6_steps_0.4.evdit.json"),
+        ),
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--rule", default="2,1,balanced")
-    parser.add_argument("--segments", type=int, default=6)
     parser.add_argument("--full-steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--eager", action="store_true", help="compile neither of them")
+    parser.add_argument("--eager", action="store_true", help="compile none of them")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    teacher, student = load_tinywan(), load_tinywan()
-    load_half(student.transformer, options.weights)
-    steps = options.segments
-    student.scheduler = FewStepScheduler(student.scheduler, steps=steps, segments=steps)
-    plan = uniform(rule_of(options.rule))
+    teacher, found = load_tinywan(), students()
     if not options.eager:
         teacher.transformer.compile()
-    apply_plan(student.transformer, plan, inner="eager" if options.eager else "inductor")
+    pipes = {}
+    for name, (weights, plan) in found.items():
+        pipe = pipes[name] = load_tinywan()
+        load_half(pipe.transformer, weights)
+        pipe.scheduler = FewStepScheduler(pipe.scheduler, steps=STEPS, segments=STEPS)
+        apply_plan(pipe.transformer, plan, inner="eager" if options.eager else "inductor")
+        seconds(pipe, STEPS, 1.0)  # compiles
     guidance = TINYWAN_CALL["guidance_scale"]
-    seconds(teacher, 2, guidance)  # compiles
-    seconds(student, steps, 1.0)
-    long, short = [], []
+    seconds(teacher, 2, guidance)
+    long: list[float] = []
+    short: dict[str, list[float]] = {name: [] for name in pipes}
     for _ in range(options.repeats):
         long.append(seconds(teacher, options.full_steps, guidance))
-        short += [seconds(student, steps, 1.0) for _ in range(3)]
-    ratio = statistics.median(long) / statistics.median(short)
+        for name, pipe in pipes.items():
+            short[name] += [seconds(pipe, STEPS, 1.0) for _ in range(3)]
     result = {
-        "what": "TinyWan's denoising loop: dense with guidance, against a sparse few-step student",
+        "what": "TinyWan's denoising loop: dense with guidance, against sparse few-step students",
         "unit": "CPU seconds of one thread on a shared machine, median of interleaved runs",
         "compiled": not options.eager,
         "full_steps": options.full_steps,
-        "calls": [2 * options.full_steps, steps],
-        "density": round(plan.density, 4),
+        "calls": [2 * options.full_steps, STEPS],
         "dense_cpu_seconds": [round(value, 3) for value in long],
-        "student_cpu_seconds": [round(value, 3) for value in short],
-        "ratio": round(ratio, 2),
-        "ratio_of_calls": round(2 * options.full_steps / steps, 2),
+        "rows": [
+            {
+                "name": name,
+                "density": round(plan.density, 4),
+                "cpu_seconds": [round(value, 3) for value in short[name]],
+                "ratio": round(statistics.median(long) / statistics.median(short[name]), 2),
+            }
+            for name, (_, plan) in found.items()
+        ],
+        "ratio_of_calls": round(2 * options.full_steps / STEPS, 2),
         "versions": installed_versions(),
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
