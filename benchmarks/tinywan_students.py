@@ -1,7 +1,7 @@
 """TinyWan in a few single calls, dense and sparse, against its 50 guided steps, on unseen noise.
 
     python -m evdit_opt.demo.evaluate --pairs 64 --steps 50       # the teacher's clips
-    python -m benchmarks.tinywan_students --consistency runs/... --knowledge runs/...
+    python -m benchmarks.tinywan_students --teacher runs/tinywan/evaluation/FOLDER
     python -m benchmarks.tinywan_students --quote
 
 Every variant makes the same clips (prompts and noise) as the teacher; all are compared as 8-bit
@@ -37,6 +37,7 @@ from evdit_opt.versions import installed_versions
 
 OUTPUT = Path("benchmarks/results/cpu/few_step_students.json")
 PAGE = Path("docs/few_steps.md")
+SHIPPED = Path("benchmarks/students")
 BLOCK = re.compile(r"(<!-- students: .*? -->\n).*?(<!-- /students -->)", re.DOTALL)
 BATCH = 4
 CALIBRATION_PROMPTS = 6
@@ -93,15 +94,19 @@ def variants(options: argparse.Namespace) -> list[Variant]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--consistency", type=Path)
-    parser.add_argument("--knowledge", type=Path)
+    parser.add_argument("--consistency", type=Path, default=SHIPPED / "tinywan_6_steps.safetensors")
+    parser.add_argument(
+        "--knowledge", type=Path, default=SHIPPED / "tinywan_6_steps_sparse.safetensors"
+    )
     parser.add_argument("--segments", type=int, default=6)
     parser.add_argument("--rule", default="2,1,balanced")
     parser.add_argument("--alike", default="4,1,balanced", help="costs what reuse costs")
     parser.add_argument("--calibrated", type=float, nargs="*", default=[0.36, 0.4])
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--only", default="", help="variants whose name contains this")
-    parser.add_argument("--samples", type=int, nargs=2, default=(0, 0), help="trained on: C, K")
+    parser.add_argument(
+        "--samples", type=int, nargs=2, default=(4400, 300), help="trained on: C, K"
+    )
     parser.add_argument("--teacher", type=Path, help="folder of its clips")
     parser.add_argument("--work", type=Path, default=Path("runs/tinywan/students"))
     parser.add_argument("--output", type=Path, default=OUTPUT)
@@ -110,8 +115,8 @@ def main() -> None:
     if options.quote:
         PAGE.write_text(quote(PAGE.read_text(), json.loads(options.output.read_text())))
         return
-    if None in (options.consistency, options.knowledge, options.teacher):
-        parser.error("expected --consistency, --knowledge and --teacher, or --quote")
+    if options.teacher is None:
+        parser.error("expected --teacher, or --quote")
     pairs = evaluation_pairs(options.clips)
     reference = teacher_clips(options.teacher, options.clips)
     prompts = [label.caption() for _, label in pairs]

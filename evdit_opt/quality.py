@@ -32,6 +32,7 @@ MAX_PSNR = 100.0
 """What a clip counts, in dB, that equals its twin up to rounding, so that means stay finite."""
 
 SSIM_WINDOW = 11  # pixels
+SSIM_SMALL = (0.01**2, 0.03**2)  # the paper's C1 and C2, of values in 0..1
 STATIC_TOLERANCE = 0.1  # luma; a trained small model's own background noise is below .03
 MIN_STATIC_SHARE = 0.01
 RESAMPLES = 10_000
@@ -122,14 +123,16 @@ def ssim(candidate: Video, dense: Video) -> float:
         raise CalibrationError(
             f"expected frames of at least 11 x 11 pixels for SSIM, got {a.shape}"
         )
+    small_mean, small_variance = SSIM_SMALL
     total = 0.0
     for one, other in zip(a, b, strict=True):  # a frame at a time stays in the cache
         mean_a, mean_b, aa, bb, ab = _blurred(
             torch.stack([one, other, one * one, other * other, one * other])
         )
-        luminance = (2 * mean_a * mean_b + 1e-4) / (mean_a**2 + mean_b**2 + 1e-4)
+        luminance = (2 * mean_a * mean_b + small_mean) / (mean_a**2 + mean_b**2 + small_mean)
         variances = aa - mean_a**2 + bb - mean_b**2
-        structure = (2 * (ab - mean_a * mean_b) + 9e-4) / (variances + 9e-4)
+        covariance = ab - mean_a * mean_b
+        structure = (2 * covariance + small_variance) / (variances + small_variance)
         total += float((luminance * structure).mean())
     return total / len(a)
 

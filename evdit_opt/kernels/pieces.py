@@ -18,7 +18,7 @@ from evdit_opt.kernels.geometry import Geometry, Ranges, join
 from evdit_opt.kernels.merge import merge
 
 __all__ = [
-    "Part", "Piece", "pieces_of", "put", "put_together", "rows_per_block", "shared_ranges",
+    "Part", "Piece", "pieces_of", "put_together", "rows_per_block", "shared_ranges",
 ]  # fmt: skip
 
 Part = tuple[Tensor, Tensor]
@@ -144,8 +144,8 @@ def put_together(
         (rows, rows_lse), *others = map(_weighted, found, piece.weights)
         for part in others:
             rows, rows_lse = merge(rows, rows_lse, *part, may_be_empty=may_be_empty)
-        put(rows, piece, out)
-        put(rows_lse.unsqueeze(-1), piece, lse.unsqueeze(-1))
+        _put(rows, piece, out)
+        _put(rows_lse.unsqueeze(-1), piece, lse.unsqueeze(-1))
     return out, lse
 
 
@@ -154,7 +154,7 @@ def _weighted(part: Part, weights: tuple[float, ...]) -> Part:
     return rows, lse + constant(weights, lse)[:, None, None] if any(weights) else lse
 
 
-def put(rows: Tensor, piece: Piece, out: Tensor) -> None:
+def _put(rows: Tensor, piece: Piece, out: Tensor) -> None:
     """Write the queries of a piece to where they are.
 
     Args:

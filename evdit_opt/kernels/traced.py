@@ -38,6 +38,7 @@ def forward(
     rows_for_batch = any(block.count > 1 for block in plan.blocks(geometry.frames))
     samples = [slice(n, n + 1) for n in range(q.shape[0])] if rows_for_batch else [slice(None)]
     out = torch.empty_like(q)
+    # Blocks of as many rows as there are: parts are merged after all calls, not in the cache.
     for sample in samples:
         mask = attn_mask
         if attn_mask is not None and attn_mask.shape[0] > 1:
