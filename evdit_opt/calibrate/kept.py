@@ -21,6 +21,7 @@ from evdit_opt.config import Config
 from evdit_opt.errors import CalibrationError, UnsupportedInputError
 from evdit_opt.models import Denoiser, config_hash
 from evdit_opt.versions import installed_versions
+from evdit_opt.whole_file import whole_file
 
 __all__ = ["Kept", "purpose", "remove_kept"]
 
@@ -204,10 +205,5 @@ def _hash(value: Any) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all; what a kill leaves of the partial file is written over."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_bytes(content)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from evdit_opt.errors import DistillationError
+from evdit_opt.whole_file import whole_file
 
 __all__ = ["add_lora", "load_weights", "save_weights", "trained_weights"]
 
@@ -69,14 +69,12 @@ def save_weights(model: nn.Module, path: Path) -> str:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    partial = path.with_name(path.name + ".partial")
     held = trained_weights(model)
     try:
-        save_file({n: value.detach().cpu().contiguous() for n, value in held.items()}, partial)
-        digest = hashlib.sha256(partial.read_bytes()).hexdigest()
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            save_file({n: value.detach().cpu().contiguous() for n, value in held.items()}, partial)
+            digest = hashlib.sha256(partial.read_bytes()).hexdigest()
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise DistillationError(
             f"expected to write {path}: {error}; make room and start again"
         ) from error

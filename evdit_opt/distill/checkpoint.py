@@ -6,7 +6,6 @@ A checkpoint holds weights, their average, the optimizer and the step: all that 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,6 +16,7 @@ from torch import nn
 
 from evdit_opt.distill.sharding import placed_like, placed_optimizer, whole
 from evdit_opt.errors import DistillationError
+from evdit_opt.whole_file import whole_file
 
 __all__ = [
     "LOG",
@@ -63,15 +63,10 @@ def load_state(folder: Path) -> dict[str, Any] | None:
 
 def save_atomically(path: Path, state: Mapping[str, Any]) -> None:
     """Write a file so that ``path`` always holds a whole one, also after kill -9 or a full disk."""
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
+        with whole_file(path) as partial, partial.open("wb") as file:
             torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
         raise DistillationError(
             f"expected to write {path}: {error}; {kept(path.parent)} make room and start again"
         ) from error
@@ -155,16 +150,15 @@ def forget_after(log: Path, step: int) -> None:
     """Drop what a killed run logged after its last checkpoint: those steps are done again."""
     if not log.exists():
         return
-    kept = []
+    lines = []
     for line in log.read_text().splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+                lines.append(line + "\n")
         except json.JSONDecodeError:
             break  # the line a kill cut off; nothing follows it
-    partial = log.with_name(log.name + ".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, log)
+    with whole_file(log) as partial:
+        partial.write_text("".join(lines))
 
 
 def kept(folder: Path) -> str:

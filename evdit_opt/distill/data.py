@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 from evdit_opt.errors import DistillationError
+from evdit_opt.whole_file import whole_file
 
 __all__ = [
     "LatentShards",
@@ -171,14 +171,10 @@ def _write_shard(
         "captions": json.dumps([sample.caption for sample in samples]),
         "skipped": json.dumps(skipped),
     }
-    partial = path.with_name(path.name + ".partial")
     try:
-        save_file(tensors, partial, metadata)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            save_file(tensors, partial, metadata)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise DistillationError(
             f"expected to write {path}: {error}; {before + numbers[0]} latents are kept, make room "
             "and start again"
