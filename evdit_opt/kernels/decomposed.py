@@ -24,9 +24,11 @@ from evdit_opt.kernels.pieces import Part, Piece, pieces_of, put_together, share
 
 __all__ = ["Attend", "attend_pieces", "forward"]
 
-# x [batch, heads, seq, dim], token ranges -> these tokens side by side, and how one is made
+# x [batch, heads, seq, dim], token ranges -> these tokens side by side; those of the whole sequence
+# in any order, but always the same one
 Take = Callable[[Tensor, Ranges], Tensor]
-TakeOf = Callable[[list[Ranges]], Take]
+# all ranges that will be taken, seq -> what takes them
+TakeOf = Callable[[list[Ranges], int], Take]
 
 # q, k, v, bias, scale -> out, log-sum-exp
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
@@ -75,7 +77,7 @@ def attend_pieces(
     geometry: Geometry,
     scale: float,
     attend: Attend = dense_attend,
-    take_of: TakeOf = lambda wanted: take,
+    take_of: TakeOf = lambda wanted, seq: take,
 ) -> Iterator[list[Part]]:
     """The dense calls of each piece, one after another.
 
@@ -90,6 +92,7 @@ def attend_pieces(
     bias = key_bias(attn_mask, q)
     of_keys = [ranges for ranges, _ in shared_ranges(plan, geometry)]
     of_keys += [ranges for piece in pieces for ranges in _own_ranges(piece.block, geometry)]
+    everything, seq = [(0, geometry.seq_len)], geometry.seq_len
     whose: tuple[slice, slice] | None = None
     for piece in pieces:
         if whose != (piece.batch, piece.heads):
@@ -98,15 +101,18 @@ def attend_pieces(
             if bias is not None:
                 own_bias = bias[piece.batch] if bias.shape[0] > 1 else bias
                 own_bias = own_bias[:, piece.heads] if bias.shape[1] > 1 else own_bias
+                own_bias = own_bias.transpose(2, 3)
             call = _Call(
                 q[whose], k[piece.batch], v[piece.batch], own_bias, geometry, scale, attend,
-                take_of([other.ranges for other in pieces]), take_of(of_keys),
+                take_of([other.ranges for other in pieces], seq), take_of(of_keys, seq),
             )  # fmt: skip
         queries = call.take_queries(call.q, piece.ranges)
         if piece.block is None:
-            yield [attend(queries, call.k, call.v, call.bias, scale)]
+            keys = _take_keys(call, everything)
+            yield [attend(queries, keys.k, keys.v, keys.bias, scale)]
             continue
-        shared = shared or _shared_keys(call, plan)
+        if not shared:  # copied next to one another once
+            shared = [_take_keys(call, ranges) for ranges, _ in shared_ranges(plan, geometry)]
         yield _sparse_rows(call, piece.block, queries, shared)
 
 
@@ -117,7 +123,7 @@ class _Call:
     q: Tensor  # [batch, heads, seq, head_dim]
     k: Tensor
     v: Tensor
-    bias: Tensor | None  # [batch | 1, heads | 1, 1, seq]
+    bias: Tensor | None  # [batch | 1, heads | 1, seq, 1]
     geometry: Geometry
     scale: float
     attend: Attend
@@ -127,23 +133,20 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class _Keys:
-    """Keys that all sparse rows see, side by side."""
+    """Keys that several rows see, side by side."""
 
     k: Tensor  # [batch, heads, keys, head_dim]
     v: Tensor
     bias: Tensor | None  # [batch | 1, heads | 1, 1, keys]
 
 
-def _shared_keys(call: _Call, plan: Decomposition) -> list[_Keys]:
-    """The groups of shared keys, copied next to one another once."""
-    keys = []
-    for ranges, _ in shared_ranges(plan, call.geometry):
-        bias = None
-        if call.bias is not None:
-            bias = call.take_keys(call.bias.transpose(2, 3), ranges).transpose(2, 3)
-        k, v = (call.take_keys(x, ranges) for x in (call.k, call.v))
-        keys.append(_Keys(k, v, bias))
-    return keys
+def _take_keys(call: _Call, ranges: Ranges) -> _Keys:
+    """Keys of all samples, side by side."""
+    bias = None
+    if call.bias is not None:
+        bias = call.take_keys(call.bias, ranges).transpose(2, 3)
+    k, v = (call.take_keys(x, ranges) for x in (call.k, call.v))
+    return _Keys(k, v, bias)
 
 
 def _sparse_rows(call: _Call, block: Block, q: Tensor, shared: list[_Keys]) -> list[Part]:
@@ -154,7 +157,7 @@ def _sparse_rows(call: _Call, block: Block, q: Tensor, shared: list[_Keys]) -> l
         k, v = (_own(call, x, block, start, stop) for x in (call.k, call.v))
         bias = None
         if call.bias is not None:
-            bias = _own(call, call.bias.transpose(2, 3), block, start, stop).transpose(2, 3)
+            bias = _own(call, call.bias, block, start, stop).transpose(2, 3)
         parts.append(call.attend(_by_row(q, rows), k, v, bias, call.scale))
     for keys in shared:
         out, lse = call.attend(q, keys.k, keys.v, keys.bias, call.scale)

@@ -59,29 +59,34 @@ def _layers(computed: Iterable[tuple[Piece, list[Part]]], seq: int) -> list[Part
 
     Returns:
         Per layer rows ``[batch, seq, heads, dim]``, 0 where a token has no such part, and their
-        log-sum-exp ``[batch, seq, heads]``, -inf there.
+        log-sum-exp ``[batch, seq, heads]``: -inf there, in the first layer the lowest finite number.
     """
-    layers: list[list[Part]] = []
+    layers: list[tuple[list[Tensor], list[Tensor]]] = []
     weights: list[np.ndarray[Any, Any]] = []
     for piece, parts in computed:
         tokens = np.concatenate([np.arange(*bounds) for bounds in piece.ranges])
         for n, (rows, lse) in enumerate(parts):
             if n == len(layers):
-                layers.append([])
+                layers.append(([], []))
                 weights.append(np.zeros(seq))
             weights[n][tokens] = np.repeat(piece.weights[n], len(tokens) // piece.rows)
-            in_order = _in_order(rows, piece, tokens, seq, 0.0)
-            lse_in_order = _in_order(lse.unsqueeze(-1), piece, tokens, seq, -math.inf).squeeze(-1)
-            layers[n].append((in_order, lse_in_order))
+            layers[n][0].append(_in_order(rows, piece, tokens, seq, 0.0))
+            # Queries that see everything have one part, and are it: any number will do as its own.
+            if piece.block is not None:
+                missing = -math.inf if n else torch.finfo(lse.dtype).min
+                one_number = lse.unsqueeze(-1)
+                layers[n][1].append(_in_order(one_number, piece, tokens, seq, missing).squeeze(-1))
     # Every token is in one of the pieces.
     return [
-        (
-            reduce(torch.add, [rows for rows, _ in layer]),
-            reduce(torch.maximum, [lse for _, lse in layer])
-            + torch.tensor(of_tokens, dtype=layer[0][1].dtype)[:, None],
-        )
-        for layer, of_tokens in zip(layers, weights, strict=True)
+        (reduce(torch.add, rows), _weighted(lse, of_tokens))
+        for (rows, lse), of_tokens in zip(layers, weights, strict=True)
     ]
+
+
+def _weighted(lse: list[Tensor], of_tokens: np.ndarray[Any, Any]) -> Tensor:
+    if not lse:  # no sparse rows, nothing to merge
+        return torch.zeros(())
+    return reduce(torch.maximum, lse) + torch.tensor(of_tokens, dtype=lse[0].dtype)[:, None]
 
 
 def _in_order(
@@ -124,34 +129,42 @@ def _in_order(
     return taken
 
 
-def take_reordered(wanted: Sequence[Ranges]) -> Take:
+def take_reordered(wanted: Sequence[Ranges], seq: int) -> Take:
     """:func:`evdit_opt.kernels.geometry.take`, from a copy in the order of all that is wanted.
 
-    Joined slices would each be a loop of their own, in a kernel of its own for every rule.
+    Joined slices would each be a loop of their own, in a kernel of its own for every rule. A copy
+    that has every token once also serves as the whole sequence, its tokens in that order: what
+    computes the tensor then writes nothing but the copy.
 
     Args:
         wanted: everything that will be taken.
+        seq: tokens of the sequence.
     """
+    everything: Ranges = [(0, seq)]
+    parts = list(dict.fromkeys(tuple(ranges) for ranges in wanted if ranges != everything))
+    scattered = [ranges for ranges in parts if len(ranges) > 1]
     places: dict[tuple[tuple[int, int], ...], int] = {}
+    if scattered and sorted(_tokens(parts)) == list(range(seq)):
+        scattered, places = parts, {tuple(everything): 0}
     order: list[int] = []
-    for ranges in wanted:
-        if len(ranges) > 1 and tuple(ranges) not in places:
-            places[tuple(ranges)] = len(order)
-            order += [token for start, stop in ranges for token in range(start, stop)]
+    for ranges in scattered:
+        places[ranges] = len(order)
+        order += _tokens([ranges])
     copies: list[tuple[Tensor, Tensor]] = []
 
     def take_from_copy(x: Tensor, ranges: Ranges) -> Tensor:
-        if len(ranges) == 1:
+        if tuple(ranges) not in places:
             return take(x, ranges)
         copy = next((copy for source, copy in copies if source is x), None)
         if copy is None:
-            missing = x.shape[2] - len(order)
-            # A few tokens more, and the kernel is the one that reorders a whole sequence.
-            filled = order + order[:missing] if 0 < missing <= len(order) // 8 else order
-            copy = x.index_select(2, torch.tensor(filled))
+            copy = x.index_select(2, torch.tensor(order))
             copies.append((x, copy))
         size = (*x.shape[:2], sum(stop - start for start, stop in ranges), x.shape[3])
         # Of a slice Inductor would compute that slice only, in a kernel of its own.
         return copy.as_strided(size, copy.stride(), places[tuple(ranges)] * copy.stride(2))
 
     return take_from_copy
+
+
+def _tokens(parts: Iterable[Iterable[tuple[int, int]]]) -> list[int]:
+    return [token for ranges in parts for bounds in ranges for token in range(*bounds)]

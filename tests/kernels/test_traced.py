@@ -27,17 +27,28 @@ def test_the_same_output(case: Case) -> None:
 
 
 def test_one_copy_serves_everything_that_is_taken() -> None:
-    wanted = [[(0, 2), (6, 8)], [(2, 6), (8, 9)], [(1, 3)], [(0, 2), (6, 8)]]
+    wanted = [[(0, 2), (6, 8)], [(2, 6)], [(0, 9)], [(8, 9)], [(0, 2), (6, 8)]]
     x = torch.randn(2, 3, 9, 4).transpose(2, 3).contiguous().transpose(2, 3)
-    taken = traced.take_reordered(wanted)
+    taken = traced.take_reordered(wanted, 9)
     parts = [taken(x, ranges) for ranges in wanted]
     for part, ranges in zip(parts, wanted, strict=True):
-        assert torch.equal(part, take(x, ranges))
-    assert len({part.untyped_storage().data_ptr() for part in parts}) == 2  # the copy, and x
-    fewer = [[(0, 2), (6, 8)], [(2, 5), (8, 9)]]  # one token short: the copy has it all the same
-    taken = traced.take_reordered(fewer)
-    for ranges in fewer:
-        assert torch.equal(taken(x, ranges), take(x, ranges))
-        assert taken(x, ranges).untyped_storage().nbytes() == x.untyped_storage().nbytes()
-    taken, other = traced.take_reordered(wanted), torch.randn(2, 3, 9, 4)
+        expected = take(x, ranges)
+        if ranges == [(0, 9)]:  # the whole sequence, in the order of its parts
+            expected = torch.cat([take(x, part) for part in (wanted[0], [(2, 6)], [(8, 9)])], 2)
+        assert torch.equal(part, expected)
+    assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
+    other = torch.randn(2, 3, 9, 4)
     assert torch.equal(taken(other, wanted[0]), take(other, wanted[0]))
+
+
+def test_what_lies_side_by_side_is_not_copied() -> None:
+    x = torch.randn(2, 3, 9, 4)
+    in_order = [[(0, 4)], [(4, 9)], [(0, 9)]]
+    overlapping = [[(0, 2), (6, 8)], [(1, 3)], [(0, 9)]]  # the copy is of the first one alone
+    for wanted, copied in (in_order, []), (overlapping, overlapping[:1]):
+        taken = traced.take_reordered(wanted, 9)
+        for ranges in wanted:
+            part = taken(x, ranges)
+            assert torch.equal(part, take(x, ranges))
+            in_x = part.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+            assert in_x == (ranges not in copied)

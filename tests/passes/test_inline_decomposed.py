@@ -68,6 +68,25 @@ def test_inductor_computes_the_pieces(rule: Rule, impl: str) -> None:
     assert_close_to_fp64(out, exact(torch.float64), exact(torch.float32), "out")
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_tensors_that_lie_within_larger_ones(batch: int) -> None:
+    """What is reordered is read from memory: where it starts there, and its strides, count."""
+    mask, inlined = Rule(2).mask(7), []
+
+    def model(q: Tensor, kv: Tensor) -> Tensor:
+        k, v = kv.mul(2)[:, 1:, 3:].unflatten(2, (2, 2, 16)).permute(2, 0, 3, 1, 4).unbind()
+        out, _ = attend(q, k, v, mask)
+        return out
+
+    q = torch.randn(3, batch, 4, LAYOUT.seq_len, 24)[1, :, 1:3, :, 5:21]
+    kv = torch.randn(1 + batch, LAYOUT.seq_len + 1, 67)[1:]
+    torch._dynamo.reset()
+    with torch.no_grad():
+        out = torch.compile(model, backend=backend(inlined), dynamic=False)(q, kv)
+        torch.testing.assert_close(out, model(q, kv))
+    assert inlined == [1]
+
+
 def test_rules_share_kernels() -> None:
     """Kernels are what compiling costs: what reorders and what merges serve every rule."""
     rules, inlined = [Rule(2), Rule(3), Rule(2, spacing="centred")], []
