@@ -59,7 +59,7 @@ def _layers(computed: Iterable[tuple[Piece, list[Part]]], seq: int) -> list[Part
 
     Returns:
         Per layer rows ``[batch, seq, heads, dim]``, 0 where a token has no such part, and their
-        log-sum-exp ``[batch, seq, heads]``: -inf there, in the first layer the lowest finite number.
+        log-sum-exp ``[batch, seq, heads]``: -inf there, in the first layer a very low number.
     """
     layers: list[tuple[list[Tensor], list[Tensor]]] = []
     weights: list[np.ndarray[Any, Any]] = []
