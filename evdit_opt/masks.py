@@ -8,22 +8,26 @@ the diagonal, by centred reference spacing, and by reference weighting.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from evdit_opt.errors import MaskError
 from evdit_opt.grid import TokenLayout
+from evdit_opt.strict_json import OPTIONAL
 
-__all__ = ["CACHED", "DROPPED", "MAX_FRAMES", "Rule", "TileMask", "block_density"]
+__all__ = ["CACHED", "DROPPED", "MAX_FRAMES", "MAX_STRENGTH", "Rule", "TileMask", "block_density"]
 
 DROPPED = -math.inf
 MAX_FRAMES = 4096
 """More latent frames than any model has; a bound for what a plan from a stranger may ask for."""
 
-Weighting = Literal["none", "balanced"]
+MAX_STRENGTH = 4.0
+"""Twice what any layer was seen to want; a bound for plans from strangers, too."""
+
+Weighting = Literal["none", "balanced", "fitted"]
 Spacing = Literal["paper", "centred"]
 
 
@@ -179,9 +183,12 @@ class Rule:
             only without references, keeps nothing at all: see :data:`CACHED`.
         weighting: "none" is the paper's. "balanced": in the row of a non-reference frame every kept
             tile of a reference frame gets ``log(1 + dropped / placed references)``, so the kept
-            references stand for the ``dropped`` tiles that row lost.
+            references stand for the ``dropped`` tiles that row lost. "fitted": that log-weight
+            times ``strength``, which calibration fits to the site.
         spacing: "paper": references at ``range(0, F, ceil(F / k))`` (the reading of Table 1 that
             reproduces all nine printed sparsities). "centred": in the middle of k equal parts.
+        strength: what a fitted weighting multiplies the balanced log-weight by, 0 to 4, no unit: 0
+            is "none", 1 is "balanced". 1 with any other weighting.
 
     Raises:
         MaskError: if a value is outside its range.
@@ -191,6 +198,7 @@ class Rule:
     window: int = 0
     weighting: Weighting = "none"
     spacing: Spacing = "paper"
+    strength: float = field(default=1.0, metadata={OPTIONAL: True})
 
     def __post_init__(self) -> None:
         for name, low in (("references", 0), ("window", -1 if self.references == 0 else 0)):
@@ -203,10 +211,19 @@ class Rule:
                 raise MaskError(
                     f"expected Rule.{name} to be an integer in {low}..{MAX_FRAMES}, got {value!r}"
                 )
-        if self.weighting not in ("none", "balanced"):
-            raise MaskError(f"expected Rule.weighting 'none' or 'balanced', got {self.weighting!r}")
+        if self.weighting not in get_args(Weighting):
+            raise MaskError(
+                f"expected Rule.weighting 'none', 'balanced' or 'fitted', got {self.weighting!r}"
+            )
         if self.spacing not in ("paper", "centred"):
             raise MaskError(f"expected Rule.spacing 'paper' or 'centred', got {self.spacing!r}")
+        # An integer would be equal to its float, and read differently in a plan.
+        fits = type(self.strength) is float and 0.0 <= self.strength <= MAX_STRENGTH
+        if not fits or (self.strength != 1.0 and self.weighting != "fitted"):
+            raise MaskError(
+                f"expected Rule.strength to be a float in 0.0..{MAX_STRENGTH}, and 1.0 unless the "
+                f"weighting is 'fitted', got {self.strength!r} with {self.weighting!r}"
+            )
 
     @property
     def keeps_nothing(self) -> bool:
@@ -246,14 +263,15 @@ class Rule:
             return (0.0,) * frames
         kept = [abs(i - j) <= self.window or j in references for j in range(frames)]
         weight = 0.0
-        if self.weighting == "balanced" and references:
-            weight = _float32(math.log1p((frames - sum(kept)) / len(references)))
+        if self.weighting != "none" and references:
+            balanced = math.log1p((frames - sum(kept)) / len(references))
+            weight = _float32(self.strength * balanced)
         return tuple(
             DROPPED if not kept[j] else weight if j in references else 0.0 for j in range(frames)
         )
 
     def describe(self, frames: int | None = None) -> str:
-        """A short name such as ``2:6``, ``2:6 balanced`` or ``1 reference + window 1``."""
+        """A short name such as ``2:6``, ``2:6 fitted 0.5`` or ``1 reference + window 1``."""
         if self.keeps_nothing:
             return "cached output"
         if self.window == 0 and frames is not None:
@@ -265,6 +283,8 @@ class Rule:
                 text += f" + window {self.window}"
         if self.weighting != "none":
             text += f" {self.weighting}"
+        if self.weighting == "fitted":
+            text += f" {self.strength:.6g}"
         return text + (" centred" if self.spacing == "centred" and self.references else "")
 
 

@@ -80,7 +80,8 @@ def _rule(plan: Plan, site: SitePlan) -> str:
     if rule.keeps_nothing:
         return rule.describe()
     window = f" + window {rule.window}" if rule.window else ""
+    strength = f" {rule.strength!r}" if rule.weighting == "fitted" else ""
     return (
         f"{rule.describe(plan.grid.frames)} ({rule.references} references{window}, "
-        f"{rule.weighting}, {rule.spacing})"
+        f"{rule.weighting}{strength}, {rule.spacing})"
     )

@@ -3,7 +3,7 @@
 from hypothesis import strategies as st
 
 from evdit_opt.grid import VideoGrid
-from evdit_opt.masks import MAX_FRAMES, Rule
+from evdit_opt.masks import MAX_FRAMES, MAX_STRENGTH, Rule
 from evdit_opt.passes.grid_source import GridSource
 from evdit_opt.plan import (
     CalibrationRecord,
@@ -76,12 +76,13 @@ TEXT = PLAN.to_json()
 
 words = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=20)
 fractions = st.floats(0, 1, allow_nan=False)
-rules = st.builds(
-    Rule,
-    references=st.integers(0, MAX_FRAMES),
-    window=st.integers(0, MAX_FRAMES),
-    weighting=st.sampled_from(["none", "balanced"]),
-    spacing=st.sampled_from(["paper", "centred"]),
+spanned = {
+    "references": st.integers(0, MAX_FRAMES),
+    "window": st.integers(0, MAX_FRAMES),
+    "spacing": st.sampled_from(["paper", "centred"]),
+}
+rules = st.builds(Rule, weighting=st.sampled_from(["none", "balanced"]), **spanned) | st.builds(
+    Rule, weighting=st.just("fitted"), strength=st.floats(0, MAX_STRENGTH), **spanned
 )
 layouts = st.builds(SiteLayout, prefix=st.integers(0, 600), suffix=st.integers(0, 600))
 evidence = st.builds(

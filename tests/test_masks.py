@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,16 +8,19 @@ from hypothesis import strategies as st
 
 from evdit_opt.errors import MaskError
 from evdit_opt.grid import TokenLayout, VideoGrid
-from evdit_opt.masks import DROPPED, MAX_FRAMES, Rule, TileMask, block_density
+from evdit_opt.masks import DROPPED, MAX_FRAMES, MAX_STRENGTH, Rule, TileMask, block_density
 
 FRAMES = st.integers(1, 64)
-RULES = st.builds(
-    Rule,
-    references=st.integers(0, 70),  # more than there are frames, too
-    window=st.integers(0, 6),
-    weighting=st.sampled_from(["none", "balanced"]),
-    spacing=st.sampled_from(["paper", "centred"]),
+SPANNED = {
+    "references": st.integers(0, 70),  # more than there are frames, too
+    "window": st.integers(0, 6),
+    "spacing": st.sampled_from(["paper", "centred"]),
+}
+SIMPLE = st.builds(Rule, weighting=st.sampled_from(["none", "balanced"]), **SPANNED)
+FITTED = st.builds(
+    Rule, weighting=st.just("fitted"), strength=st.floats(0, MAX_STRENGTH), **SPANNED
 )
+RULES = SIMPLE | FITTED
 LAYOUTS = st.builds(
     TokenLayout,
     grid=st.builds(VideoGrid, st.integers(1, 9), st.integers(1, 3), st.integers(1, 3)),
@@ -52,9 +56,9 @@ def second_reading(rule: Rule, frames: int) -> list[list[float]]:
         band = {j for j in range(frames) if i - rule.window <= j <= i + rule.window}
         kept = set(range(frames)) if i in references else band | references
         row = [1.0 if j in kept else 0.0 for j in range(frames)]
-        if rule.weighting == "balanced" and references and i not in references:
+        if rule.weighting != "none" and references and i not in references:
             for j in references:
-                row[j] = 1 + (frames - len(kept)) / len(references)
+                row[j] = (1 + (frames - len(kept)) / len(references)) ** rule.strength
         weights.append(row)
     return weights
 
@@ -104,7 +108,14 @@ def test_densities_count_what_is_kept(rule: Rule, layout: TokenLayout) -> None:
     assert block_density(mask, layout, block=3) >= mask.token_density(layout) - 1e-6
 
 
-@given(RULES, FRAMES)
+@given(FITTED, FRAMES)
+def test_a_strength_of_0_is_no_weighting_and_of_1_the_balanced_one(rule: Rule, frames: int) -> None:
+    for strength, same in ((0.0, "none"), (1.0, "balanced")):
+        simple = replace(rule, weighting=same, strength=1.0)
+        assert replace(rule, strength=strength).mask(frames) == simple.mask(frames)
+
+
+@given(SIMPLE, FRAMES)
 def test_balanced_keeps_the_total_count_of_frames(rule: Rule, frames: int) -> None:
     if rule.weighting == "none" or rule.references == 0:
         return
@@ -173,6 +184,13 @@ def test_an_impossible_mask_is_refused(rows: tuple[tuple[float, ...], ...], matc
         {"window": -1},
         {"weighting": "heavy"},
         {"spacing": "random"},
+        {"strength": 0.5},
+        {"weighting": "balanced", "strength": 2.0},
+        {"weighting": "fitted", "strength": -0.1},
+        {"weighting": "fitted", "strength": MAX_STRENGTH + 0.1},
+        {"weighting": "fitted", "strength": math.nan},
+        {"weighting": "fitted", "strength": 2},
+        {"weighting": "fitted", "strength": "1.0"},
     ],
     ids=str,
 )

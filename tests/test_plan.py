@@ -69,6 +69,18 @@ def test_how_a_site_is_reached_is_written_only_where_it_is_not_the_usual_way() -
         dataclasses.replace(PLAN.sites[0], way="patch")
 
 
+def test_a_strength_is_written_only_where_it_is_fitted() -> None:
+    assert '"strength"' not in TEXT  # so that plans of earlier versions and new ones read alike
+    fitted = Rule(2, weighting="fitted", strength=0.5)
+    plan = dataclasses.replace(
+        PLAN, sites=(dataclasses.replace(PLAN.sites[0], rule=fitted), *PLAN.sites[1:])
+    )
+    assert plan.to_json().count('"strength": 0.5') == 1
+    assert Plan.from_json(plan.to_json()) == plan
+    assert plan.fingerprint() != PLAN.fingerprint()
+    assert "2:6 fitted 0.5" in plan.describe()
+
+
 def test_a_failed_save_keeps_the_old_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     PLAN.save(tmp_path / "plan.json")
 

@@ -36,6 +36,7 @@ def test_the_other_way_round_is_the_same_backwards(one: Plan, other: Plan) -> No
     ("change", "where", "what"),
     [
         ({"sites": (replace(FIRST, rule=Rule(3, weighting="balanced")), SECOND)}, 0, "rule"),
+        ({"sites": (replace(FIRST, rule=Rule(2, weighting="fitted")), SECOND)}, 0, "rule"),
         ({"sites": (replace(FIRST, density=0.5), SECOND)}, 0, "density"),
         ({"sites": (replace(FIRST, layout=SiteLayout(prefix=1)), SECOND)}, 0, "text tokens"),
         ({"sites": (replace(FIRST, way="scope"), SECOND)}, 0, "way"),

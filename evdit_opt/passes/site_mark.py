@@ -46,15 +46,21 @@ class SiteSpec:
     def encode(self) -> str:
         """The string; integers would turn symbolic once two layers sharing a graph differ."""
         rule = self.rule
-        parts = (rule.references, rule.window, rule.weighting, rule.spacing)
+        parts = (rule.references, rule.window, rule.weighting, rule.spacing, rule.strength)
         return " ".join(map(str, (*parts, self.prefix, self.suffix, self.min_tokens)))
 
     @classmethod
     def decode(cls, text: str) -> "SiteSpec":
         """Inverse of :meth:`encode`."""
-        references, window, weighting, spacing, prefix, suffix, min_tokens = text.split(" ")
-        rule = Rule(int(references), int(window), weighting, spacing)  # type: ignore[arg-type]
-        return cls(rule, int(prefix), int(suffix), int(min_tokens))
+        references, window, weighting, spacing, strength, *others = text.split(" ")
+        rule = Rule(
+            int(references),
+            int(window),
+            weighting,  # type: ignore[arg-type]  # Rule itself refuses what is none
+            spacing,  # type: ignore[arg-type]
+            float(strength),
+        )
+        return cls(rule, *map(int, others))
 
 
 FACTS = (

@@ -100,11 +100,13 @@ def strided(
 def masks(draw: st.DrawFn, frames: int) -> TileMask:
     """A rule's mask, or any mask at all."""
     if draw(st.booleans()):
+        weighting = draw(st.sampled_from(["none", "balanced", "fitted"]))
         rule = Rule(
             references=draw(st.integers(0, 4)),
             window=draw(st.integers(0, 2)),
-            weighting=draw(st.sampled_from(["none", "balanced"])),
+            weighting=weighting,
             spacing=draw(st.sampled_from(["paper", "centred"])),
+            strength=draw(st.floats(0, 2)) if weighting == "fitted" else 1.0,
         )
         return rule.mask(frames)
     tile = st.sampled_from([-math.inf, -math.inf, 0.0, 0.0, 0.5, 1.25])

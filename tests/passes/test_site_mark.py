@@ -19,8 +19,9 @@ FACTS = (SiteSpec(Rule()).encode(), 2, 1, None, "sparse", None, None, None, None
         SiteSpec(Rule()),
         SiteSpec(Rule(0, 3, "none", "paper"), 226, 0, 4096),
         SiteSpec(Rule(3, 2, "balanced", "centred"), 5, 77, 1000),
+        SiteSpec(Rule(3, 2, "fitted", "centred", 1 / 3), 5, 77, 1000),
     ],
-    ids=["default", "window", "everything"],
+    ids=["default", "window", "balanced", "fitted"],
 )
 def test_a_spec_survives_its_string(spec: SiteSpec) -> None:
     assert SiteSpec.decode(spec.encode()) == spec
