@@ -21,7 +21,7 @@ from tests.models.small_models import BY_NAME
 from tests.test_api import CONFIG, calls
 
 SMALL = {"num_frames": 9, "height": 32, "width": 32, "guidance_scale": 2.0}
-FORWARDS = {"dense": 10.0, "refresh": 10.5, "reuse": 4.0}
+FORWARDS = {"dense": 10.0, "refresh": 10.0, "reuse": 4.0}
 
 
 def attention_ms(rule: Rule | None) -> float:
