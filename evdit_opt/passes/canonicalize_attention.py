@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from torch import fx
 
 from evdit_opt.passes.canonicalize_aten import canonicalize_aten
+from evdit_opt.passes.canonicalize_flash import canonicalize_flash
+from evdit_opt.passes.canonicalize_flex import canonicalize_flex
 from evdit_opt.passes.canonicalize_mask import canonicalize_mask
 from evdit_opt.passes.canonicalize_mha import canonicalize_mha
 from evdit_opt.passes.canonicalize_softmax import canonicalize_softmax
@@ -15,6 +17,8 @@ __all__ = ["canonicalize_attention", "canonicalize_graph"]
 
 FORMS: tuple[Callable[[fx.Graph], Iterator[StandIn]], ...] = (
     canonicalize_aten,
+    canonicalize_flash,
+    canonicalize_flex,
     canonicalize_mha,
     canonicalize_softmax,
     canonicalize_mask,

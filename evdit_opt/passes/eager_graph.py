@@ -33,7 +33,8 @@ def eager_graph(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     """
     recorder = _Recorder(model, args, kwargs)
     with torch.no_grad(), _module_stack(model, recorder.stack), recorder:
-        model._call_impl(*args, **kwargs)
+        result = model._call_impl(*args, **kwargs)
+    recorder.end(result)
     return recorder.graph
 
 
@@ -72,6 +73,12 @@ class _Recorder(TorchFunctionMode):
                     self._nodes[base] = self._node("call_function", torch.add, (base, part), base)
                 self._nodes[tensor] = part
         return out
+
+    def end(self, result: Any) -> None:
+        """Say what the call returned: what leads there is used, the rest is not."""
+        # Where no tensor is to be seen in what it returned: all that are still alive.
+        returned = _tensors(result) or list(self._nodes)
+        self.graph.output(tuple(self._nodes[x] for x in returned if x in self._nodes))
 
     def _node(
         self, op: str, target: Any, args: Any, value: Any, kwargs: Mapping[str, Any] | None = None

@@ -18,6 +18,7 @@ from evdit_opt.passes.graph import (
     LEFT_ALONE,
     REPLACED,
     SDPA,
+    SPELLED,
     Attention,
     copy_graph,
     is_attention,
@@ -57,6 +58,7 @@ class AttentionSite:
         head_dim: size of a head; 0 if it is not known.
         causal: True if causal.
         mask_kind: "none", "key padding" (kept) or "other" (refused).
+        spelled: True if it does not call ``scaled_dot_product_attention``.
         way: how a plan reaches it: by a mark, or in a scope; see ``passes.scopes``.
     """
 
@@ -71,6 +73,7 @@ class AttentionSite:
     head_dim: int
     causal: bool
     mask_kind: str
+    spelled: bool = False
     way: Way = "mark"
 
 
@@ -178,7 +181,9 @@ def classify(
     }
     sites = []
     for node in graph.nodes:
-        if node.target is SDPA and REPLACED not in node.meta:
+        if REPLACED in node.meta:
+            continue
+        if node.target is SDPA:
             sites.append(_classify_call(node, names, batch, volumes | videos))
         elif is_attention(node) and "flex_attention" in str(node.target):
             sites.append(_leave_flex(node, names))
@@ -214,6 +219,7 @@ def _classify_call(
         head_dim=int(q.shape[-1]),
         causal=attention.is_causal,
         mask_kind=mask_kind(attention),
+        spelled=SPELLED in call.meta,
     )
 
 
@@ -295,11 +301,11 @@ def _choose_way(
         for other in all_found
         if not other.is_site and f"{other.name}.".startswith(f"{site.name}.")
     ]
-    if inside:
-        reason = (
-            "Dynamo breaks the graph between its projections and its attention, and its module "
-            f"holds another attention ({inside[0]})"
-        )
+    problem = f"its module holds another attention ({inside[0]})" if inside else ""
+    if site.spelled:
+        problem = "it does not call scaled_dot_product_attention"
+    if problem:
+        reason = f"Dynamo breaks the graph between its projections and its attention, and {problem}"
         return replace(site, is_site=False, reason=reason)
     return replace(site, way="scope")
 

@@ -17,6 +17,7 @@ __all__ = [
     "LEFT_ALONE",
     "REPLACED",
     "SDPA",
+    "SPELLED",
     "Attention",
     "attention_calls",
     "bind_attention",
@@ -46,6 +47,9 @@ NOT_IN_PLACE = frozenset("and_ is_ not_ or_".split())
 
 REPLACED = "evdit_replaced"
 """Key in the metadata of nodes that another one stands in for."""
+
+SPELLED = "evdit_spelled"
+"""Key in the metadata of an SDPA call that stands in for what is no SDPA call."""
 
 
 class Attention(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from evdit_opt.passes.graph import REPLACED, insert_call
+from evdit_opt.passes.graph import REPLACED, SDPA, SPELLED, insert_call
 
 __all__ = ["Draft", "StandIn", "settle", "stand_in"]
 
@@ -57,6 +57,8 @@ def stand_in(attention: fx.Node, made: Sequence[fx.Node], original: Sequence[fx.
     original[-1].replace_all_uses_with(made[-1])
     for node in original:
         node.meta[REPLACED] = True
+    if not any(node.target is SDPA and SPELLED not in node.meta for node in original):
+        attention.meta[SPELLED] = True
     return StandIn(attention, tuple(made), tuple(original), frozenset(attention.users))
 
 

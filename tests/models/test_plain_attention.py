@@ -35,9 +35,9 @@ flavours = pytest.mark.parametrize("flavour", FLAVOURS, ids=[kind.__name__ for k
 Flavour = Callable[[int], nn.Module]
 
 
-def build(flavour: Flavour) -> ToyDiT:
+def build(flavour: Flavour, breaks: bool = False) -> ToyDiT:
     torch.manual_seed(0)
-    return ToyDiT(attention=flavour).eval()
+    return ToyDiT(attention=flavour, breaks=breaks).eval()
 
 
 def sites(flavour: Flavour) -> tuple[str, ...]:
@@ -84,6 +84,20 @@ def test_sites_layouts_and_numbers(flavour: Flavour) -> None:
     assert report(model).rewritten == sites(flavour)
     restore(model)
     assert torch.equal(model(**toy_inputs()), dense)
+
+
+@flavours
+@torch.no_grad()
+def test_layers_that_share_graphs_have_masks_of_their_own(flavour: Flavour) -> None:
+    model = build(flavour, breaks=True)
+    expected = reference(model, rules(flavour))
+    found = find_attention(model, (), toy_inputs())
+    assert (found.names, found.scoped, found.fullgraph) == (sites(flavour), (), False)
+    layouts = infer_layout(model, found, (), toy_inputs())
+    assert dict(layouts.layouts) == dict.fromkeys(sites(flavour), TokenLayout(GRID))
+    apply_plan(model, make_plan(model, dict(rules(flavour)), fullgraph=False), inner="eager")
+    assert far(model(**toy_inputs()), expected) < CLOSE
+    assert report(model).rewritten == sites(flavour)
 
 
 @flavours

@@ -83,6 +83,18 @@ def test_a_module_with_two_attentions_gets_no_scope() -> None:
     assert "holds another attention" in reason
 
 
+def test_what_is_spelled_out_gets_no_scope() -> None:
+    class Spelled(type(branching(1).blocks[0].attn1)):  # type: ignore[misc]
+        def attend(self, q, k, v):
+            return (q @ k.mT).softmax(-1) @ v
+
+    model = branching(1)
+    model.blocks[0].attn1.__class__ = Spelled
+    sites = find_attention(model, (), toy_inputs())
+    assert sites.names == ()
+    assert "does not call scaled_dot_product_attention" in sites.refused["blocks.0.attn1"]
+
+
 @outside
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_every_layer_gets_its_own_mask_and_restore_is_exact(outside: bool, inner: str) -> None:
