@@ -8,10 +8,13 @@ from typing import Any, Literal
 from evdit_opt.errors import LayoutError
 from evdit_opt.grid import VideoGrid
 
-__all__ = ["GRID_ARGUMENTS", "GridSource"]
+__all__ = ["GRID_ARGUMENTS", "TOKENS", "GridSource"]
 
 GRID_ARGUMENTS = ("num_frames", "height", "width")
 """How models that take tokens are told the latent grid (LTX-Video)."""
+
+TOKENS = (3, 6)
+"""Dimensions of a video given as tokens, or as a list of patches: the second one counts them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +86,7 @@ class GridSource:
 
     def _given(self, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
         tokens = arguments.get(self.input)
-        if tokens is None or tokens.ndim != 3 or tokens.shape[1] != math.prod(self.patch):
+        if tokens is None or tokens.ndim not in TOKENS or tokens.shape[1] != math.prod(self.patch):
             raise LayoutError(
                 f"expected {math.prod(self.patch)} tokens in argument {self.input!r}, the clip of "
                 f"{self.patch} tokens this plan was made for; make a plan for clips of this size"

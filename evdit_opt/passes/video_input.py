@@ -10,7 +10,7 @@ from torch import nn
 
 from evdit_opt.errors import LayoutError
 from evdit_opt.grid import VideoGrid
-from evdit_opt.passes.grid_source import GRID_ARGUMENTS, GridSource
+from evdit_opt.passes.grid_source import GRID_ARGUMENTS, TOKENS, GridSource
 
 __all__ = ["VideoInput", "bind_arguments", "grid_sources", "video_input"]
 
@@ -23,7 +23,8 @@ class VideoInput:
 
     Attributes:
         name: its name.
-        tensor: its value, 5-D latents or ``[batch, tokens, channels]``.
+        tensor: its value, 5-D latents, ``[batch, tokens, channels]``, or a list of patches
+            ``[batch, tokens, channels, time, height, width]``.
     """
 
     name: str
@@ -58,7 +59,7 @@ def video_input(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     if volumes:
         name = USUAL_NAME if USUAL_NAME in volumes else volumes[0]
         return VideoInput(name, floating[name])
-    if USUAL_NAME in floating and floating[USUAL_NAME].ndim == 3:
+    if USUAL_NAME in floating and floating[USUAL_NAME].ndim in TOKENS:
         return VideoInput(USUAL_NAME, floating[USUAL_NAME])
     shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in floating.items())
     raise LayoutError(

@@ -57,7 +57,7 @@ class Reference:
         assert self.gap > APART * bound, f"{bound:.1e} proves little: dense is {self.gap:.1e} away"
 
 
-def compare_gradients(case: Case, shape: Shape) -> dict[str, float]:
+def compare_gradients(case: Case, shape: Shape, inner: str = "eager") -> dict[str, float]:
     """Largest difference of a parameter's gradient: of the model with a plan, and of the dense one.
 
     Returns:
@@ -77,7 +77,7 @@ def compare_gradients(case: Case, shape: Shape) -> dict[str, float]:
     dense = gradients(lambda: model(**call)[0])
     expected = gradients(lambda: masked())
     again = gradients(lambda: masked("backwards"))
-    apply_plan(model, plan_of(case, model, shape), inner="eager")
+    apply_plan(model, plan_of(case, model, shape), inner=inner)
     actual = gradients(lambda: model(**call)[0])
     assert actual.keys() == expected.keys()
     rounded = ROUNDED * torch.finfo(torch.float32).eps * apart(expected)

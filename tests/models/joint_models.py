@@ -344,7 +344,9 @@ JOINT_CASES = (
         "JoyImageEditPlusTransformer3DModel",
         joyimage,
         call_joyimage_plus,
-        refused="expected a 5-D video latent",
+        layers("double_blocks.{}.attn"),
+        suffix=text,
+        tokens="text behind the video, which is a list of patches",
     ),
     Case(
         "minimax_h3",

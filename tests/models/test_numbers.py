@@ -108,6 +108,15 @@ def test_gradients(case: Case) -> None:
     assert found["gap"] > 100 * found["bound"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wan", pytest.param("hunyuan", marks=pytest.mark.nightly)])
+def test_gradients_through_inductor(name: str) -> None:
+    found = compare_gradients(BY_NAME[name], Shape(layers=1), inner="inductor")
+    bound = FUSED * found["bound"]
+    assert found["error"] <= bound
+    assert found["gap"] > 100 * bound
+
+
 @torch.no_grad()
 def test_observing_shows_every_site_and_changes_nothing() -> None:
     case = BY_NAME["hunyuan"]  # its own mask, joint text

@@ -135,8 +135,9 @@ def test_mask_resolution_length_and_batch_may_change_on_the_fly(model: OpenSoraT
         assert_masked(out, model, call_of(mask, grid, batch), grid)
 
 
+@masks
 @torch.no_grad()
-def test_thirty_two_layers_each_with_its_mask() -> None:
+def test_thirty_two_layers_each_with_its_mask(mask: str | None) -> None:
     torch.manual_seed(0)
     model = OpenSoraT2V(replace(SMALL, num_layers=FULL.num_layers)).eval()
     rules = {
@@ -144,11 +145,11 @@ def test_thirty_two_layers_each_with_its_mask() -> None:
         for layer in range(FULL.num_layers)
     }
     apply_plan(model, scope_plan(model, rules, source=patches(1, 2, 2), grid=GRID), inner="eager")
-    out = model(**call_of("ones"))[0]
+    out = model(**call_of(mask))[0]
     assert report(model).rewritten == tuple(rules)
     assert report(model).graphs < 20  # one per distinct rule and graph break, not per layer
     restore(model)
-    assert_masked(out, model, call_of("ones"), rules=rules)
+    assert_masked(out, model, call_of(mask), rules=rules)
 
 
 def test_calibration_from_start_to_end(model: OpenSoraT2V) -> None:

@@ -53,7 +53,7 @@ def test_expected_sites_are_found_and_no_others(case: Case, size: str, shape: Sh
     assert detection(case, shape, found) == recorded, "run benchmarks/models/measure_models.py"
 
 
-@pytest.mark.parametrize("name", ["minimax_h3", "sana_wm_refiner"])
+@pytest.mark.parametrize("name", ["joyimage_plus", "minimax_h3", "sana_wm_refiner"])
 def test_a_model_that_takes_tokens_only_needs_the_callers_word(name: str) -> None:
     case = BY_NAME[name]
     denoiser = as_denoiser(case.model(), [case.inputs()])

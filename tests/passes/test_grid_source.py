@@ -31,7 +31,8 @@ def test_from_arguments() -> None:
 
 def test_given_for_one_size_of_clip() -> None:
     source = patches(kind="given", patch=(5, 6, 4))
-    assert source.read({"hidden_states": torch.empty(2, 120, 8)}) == VideoGrid(5, 6, 4)
+    for shape in ((2, 120, 8), (2, 120, 4, 1, 2, 2)):  # tokens; a list of patches
+        assert source.read({"hidden_states": torch.empty(shape)}) == VideoGrid(5, 6, 4)
     with pytest.raises(LayoutError, match=r"120 tokens.*make a plan for clips of this size"):
         source.read({"hidden_states": torch.empty(2, 96, 8)})
 

@@ -77,8 +77,9 @@ def test_channels_tell_the_order_of_dimensions() -> None:
     assert [source.dims for source in unknown] == [(2, 3, 4), (1, 3, 4), (1, 2, 3)]
 
 
-def test_token_inputs_need_the_grid_as_arguments() -> None:
-    call = {"hidden_states": torch.randn(1, 9, 4)}
+@pytest.mark.parametrize("shape", [(1, 9, 4), (1, 9, 4, 1, 2, 2)], ids=["tokens", "patches"])
+def test_token_inputs_need_the_grid_as_arguments(shape: tuple[int, ...]) -> None:
+    call = {"hidden_states": torch.randn(shape)}
     video = video_input(Model(), (), call)
     assert list(grid_sources(Model(), video, call)) == []
     given = list(grid_sources(Model(), video, call, VideoGrid(1, 3, 3)))
