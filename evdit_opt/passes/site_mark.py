@@ -70,7 +70,8 @@ FACTS = (
 LEFT_OVER = (
     "expected the evdit backend to compile this graph, another backend did: a site mark was left "
     "in it. Do not call compile() or compile_repeated_blocks() on an optimized model, apply_plan "
-    "compiles it: restore(model), then apply_plan(model, plan) make it right again"
+    "compiles it: restore(model), then apply_plan(model, plan) make it right again. Export it with "
+    "evdit_opt.export.export_program, not with torch.export"
 )
 
 

@@ -132,9 +132,13 @@ def test_gradients(flavour: Flavour) -> None:
         assert far(model.get_parameter(name).grad, gradient) < CLOSE, name
 
 
-@pytest.mark.parametrize("flavour", [HeadsInTheBatch, PackedModule])
-def test_from_calibration_to_a_sparse_model(flavour: Flavour) -> None:
-    model, calls = build(flavour), [toy_inputs() for _ in range(2)]
+@pytest.mark.parametrize(
+    ("flavour", "breaks"),
+    [(HeadsInTheBatch, False), (PackedModule, True)],
+    ids=["in one graph", "in graphs that layers share"],
+)
+def test_from_calibration_to_a_sparse_model(flavour: Flavour, breaks: bool) -> None:
+    model, calls = build(flavour, breaks), [toy_inputs() for _ in range(2)]
     config = Config(
         threshold=0.9,
         references=(1,),
@@ -148,6 +152,7 @@ def test_from_calibration_to_a_sparse_model(flavour: Flavour) -> None:
     )
     plan = evdit_opt.make_plan(model, calls, config)
     assert tuple(plan.rules) == sites(flavour)
+    assert plan.fullgraph != breaks
     evdit_opt.apply_plan(model, plan, inner="eager")
     with torch.no_grad():
         actual = model(**toy_inputs())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.exc import Unsupported
 
 from evdit_opt.apply import apply_plan, report, restore
 from evdit_opt.errors import PlanMismatchError
@@ -56,4 +57,16 @@ def test_a_compile_in_its_place_is_an_error_that_says_what_to_do() -> None:
         pair.check()
     restore(pair.fast)
     apply_plan(pair.fast, plan, inner="eager")
+    pair.check()
+
+
+def test_a_program_that_torch_export_made_is_an_error_that_names_ours() -> None:
+    pair = Pair(Shape(layers=1))
+    pair.apply()
+    call = WAN.inputs(pair.shape)
+    program = torch.export.export(pair.fast, (), call, strict=False)
+    with pytest.raises(PlanMismatchError, match=r"evdit_opt\.export\.export_program"):
+        program.module()(**call)
+    with pytest.raises(Unsupported, match="evdit_opt compiles this model itself"):
+        torch.export.export(pair.fast, (), call, strict=True)
     pair.check()
