@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from evdit_opt.errors import CalibrationError
 from evdit_opt.grid import VideoGrid
@@ -64,7 +64,8 @@ class Config:
             clip, no unit.
         references: numbers of reference frames k to try.
         windows: numbers of frames kept on each side of the diagonal to try.
-        weightings: how kept reference tiles are weighted, see ``Rule.weighting``.
+        weightings: how kept reference tiles are weighted, see ``Rule.weighting``. "fitted": by a
+            strength per site; of those tried, 0 is "none" and 1 "balanced".
         spacings: where reference frames are placed, see ``Rule.spacing``.
         max_density: kept share of tiles, 0 to 1, above which a rule cannot pay: not tried.
         min_tokens: sequence length in tokens below which a site runs dense. Attention over short
@@ -137,7 +138,7 @@ class Config:
             for value in _require_choices(name, getattr(self, name)):
                 _require_int(name, value, low)
         for name, allowed in (
-            ("weightings", ("none", "balanced")),
+            ("weightings", get_args(Weighting)),
             ("spacings", ("paper", "centred")),
             ("reuse_precisions", PRECISIONS),
         ):

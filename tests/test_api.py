@@ -18,6 +18,7 @@ from evdit_opt.errors import (
     QualityFloorError,
     UnsupportedInputError,
 )
+from evdit_opt.masks import Rule
 from tests.models.case import Shape
 from tests.models.small_models import BY_NAME
 
@@ -46,8 +47,8 @@ def run(model: nn.Module, call: dict[str, Any]) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    """Calibrated once: both weightings, searched and uniform."""
-    config = replace(CONFIG, weightings=("none", "balanced"))
+    """Calibrated once: all weightings, searched and uniform."""
+    config = replace(CONFIG, weightings=("none", "balanced", "fitted"))
     return evdit_opt.make_plan(WAN.model(), calls(), config)
 
 
@@ -76,7 +77,7 @@ def test_a_plan_records_its_evidence(plan):
 def test_calibration_is_deterministic_and_leaves_the_model_dense(plan):
     model, call = WAN.model(), calls()[0]
     dense = run(model, call)
-    config = replace(CONFIG, weightings=("none", "balanced"))
+    config = replace(CONFIG, weightings=("none", "balanced", "fitted"))
     assert evdit_opt.make_plan(model, calls(), config) == plan
     assert torch.equal(run(model, call), dense)
 
@@ -89,6 +90,20 @@ def test_a_saved_plan_gives_the_same_numbers_in_another_model(plan, tmp_path):
         for p in (plan, Plan.load(tmp_path / "wan.evdit.json"))
     ]
     assert torch.equal(*outputs)
+
+
+def test_a_fitted_strength_reaches_the_model(plan):
+    def output(rule: Rule) -> torch.Tensor:
+        sites = tuple(replace(site, rule=rule) for site in plan.sites)
+        model = evdit_opt.apply_plan(WAN.model(), replace(plan, sites=sites), inner="eager")
+        return run(model, calls()[0])
+
+    balanced, fitted = Rule(2, weighting="balanced"), Rule(2, weighting="fitted")
+    assert torch.equal(output(fitted), output(balanced))  # a strength of 1
+    half, none = output(replace(fitted, strength=0.5)), output(Rule(2))
+    assert not torch.equal(half, output(balanced))
+    assert not torch.equal(half, none)
+    assert torch.equal(output(replace(fitted, strength=0.0)), none)
 
 
 def test_a_density_is_reached_or_the_sparsest_there_is():

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 
+from evdit_opt.calibrate.strengths import STRENGTHS
 from evdit_opt.config import Config
-from evdit_opt.masks import CACHED, Rule, TileMask
+from evdit_opt.masks import CACHED, Rule, TileMask, Weighting
 
 __all__ = ["candidate_rules", "reused_rules"]
 
@@ -14,12 +15,19 @@ def candidate_rules(config: Config, frames: int) -> tuple[Rule, ...]:
     Rules that give a mask another rule already gives, the dense mask, or a density above
     ``config.max_density`` are left out. Ordered from sparse to dense.
     """
+    # Simple ones first: of rules that make the same mask the first one stays.
+    weights: list[tuple[Weighting, float]] = [
+        (weighting, 1.0) for weighting in config.weightings if weighting != "fitted"
+    ]
+    if "fitted" in config.weightings:
+        ends: dict[float, Weighting] = {0.0: "none", 1.0: "balanced"}
+        weights += [(ends[s], 1.0) if s in ends else ("fitted", s) for s in STRENGTHS]
     spanned = (
-        Rule(references, window, weighting, spacing)
+        Rule(references, window, weighting, spacing, strength)
         for references in config.references
         for window in config.windows
         for spacing in config.spacings
-        for weighting in config.weightings
+        for weighting, strength in weights
         if references or window  # frames that never see each other cannot make a video
     )
     return _distinct(spanned, frames, config.max_density)

@@ -19,6 +19,7 @@ from evdit_opt.calibrate.prices import Prices, RulePrice
 from evdit_opt.calibrate.record import Recording
 from evdit_opt.calibrate.stage import dense_attention, sparse_attention
 from evdit_opt.calibrate.steps import TIMESTEP
+from evdit_opt.calibrate.strengths import unfitted
 from evdit_opt.errors import CalibrationError
 from evdit_opt.generations import Generations
 from evdit_opt.masks import CACHED, Rule
@@ -199,12 +200,19 @@ def _time_rules(
     layout, impl = drafter.survey.layouts[name], drafter.config.impl
     given = (attention.q, attention.k, attention.v, attention.mask, attention.scale)
     actions: dict[Rule | None, Callable[[], object]] = {None: lambda: dense_attention(*given)}
-    for rule in rules:
+    # A weight is a number in the mask: it takes no time, and one rule is timed for all strengths.
+    timed = {rule: _any_strength(rule) for rule in rules}
+    for rule in dict.fromkeys(timed.values()):
         if not rule.keeps_nothing:
             actions[rule] = lambda rule=rule: sparse_attention(rule, layout, *given, impl)  # type: ignore[misc]
     with torch.no_grad():
         found = interleaved_ms(actions, ROUNDS, warmup=2)
-    return found | {CACHED: 0.0}
+    found[CACHED] = 0.0
+    return {None: found[None], CACHED: 0.0} | {rule: found[timed[rule]] for rule in rules}
+
+
+def _any_strength(rule: Rule) -> Rule:
+    return unfitted(rule, "balanced") if rule.weighting == "fitted" else rule
 
 
 def _time_plan(

@@ -26,11 +26,13 @@ from evdit_opt.calibrate.search import (
     mean_price,
     threshold_for_budget,
 )
+from evdit_opt.calibrate.site_record import CandidateError
+from evdit_opt.calibrate.strengths import unfitted
 from evdit_opt.config import Config
-from evdit_opt.masks import Weighting
+from evdit_opt.masks import Rule, Weighting
 from evdit_opt.plan import Plan
 
-__all__ = ["Drafted", "Kind", "Planner"]
+__all__ = ["Drafted", "Kind", "Planner", "unfitted_errors"]
 
 CLEARLY_WORSE = 2.0
 """A kind whose predicted damage is this many times the best one's is not run."""
@@ -131,7 +133,7 @@ class Planner:
 
     def all_dense(self) -> Plan:
         """The plan where no rule is good enough, with what every rule would cost."""
-        errors = self.recording.errors
+        errors = self.problem.errors
         return self.drafter.draft(dict.fromkeys(errors), errors, self.config.threshold)
 
     def _static(self, budget: float, weighting: Weighting, uniform: bool) -> Drafted:
@@ -143,7 +145,7 @@ class Planner:
             if uniform
             else choose_rules(own, prices, threshold, limit)
         )
-        plan = self.drafter.draft(choice, own, threshold)
+        plan = self.drafter.draft(choice, _one_strength(own, choice), threshold)
         return Drafted(plan, self._damage(choice), mean_price(choice, prices))
 
     def _reusing(self, budget: float) -> Drafted | None:
@@ -161,7 +163,7 @@ class Planner:
         memory = residual_bytes(recording, reusing, problem.precision, problem.trend)
         plan = self.drafter.draft_reuse(
             found,
-            recording.errors,
+            problem.errors,
             recording.levels,
             trend_of(problem, found),
             problem.precision,
@@ -175,9 +177,35 @@ class Planner:
         return steps * sum(damage_of(own.output**2, own.temporal**2) for own in chosen)
 
 
+def unfitted_errors(errors: Errors) -> Errors:
+    """Without the fitted candidates, which are for plans that never reuse."""
+    return {
+        site: tuple(c for c in own if c.rule.weighting != "fitted") for site, own in errors.items()
+    }
+
+
 def _only(errors: Errors, weighting: Weighting) -> Errors:
-    """The candidates of one weighting. Those without references have none to weight, and stay."""
+    """The candidates of one weighting. Those without references have none to weight, and stay.
+
+    All are fitted: a strength of 0 has the name "none", of 1 "balanced". What fits a site best is
+    among the rules of one price that of the least error, which is what is chosen among these.
+    """
+    if weighting == "fitted":
+        return errors
     return {
         site: tuple(c for c in own if c.rule.weighting == weighting or c.rule.references == 0)
         for site, own in errors.items()
     }
+
+
+def _one_strength(errors: Errors, choice: Choice) -> Errors:
+    """Of rules that differ in strength only, the chosen one, or that of the least error."""
+    found = {}
+    for site, own in errors.items():
+        best: dict[Rule, CandidateError] = {}
+        for c in own:
+            known = best.setdefault(unfitted(c.rule), c)
+            if c == choice[site] or (c.output < known.output and known != choice[site]):
+                best[unfitted(c.rule)] = c
+        found[site] = tuple(best.values())
+    return found

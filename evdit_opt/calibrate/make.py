@@ -14,7 +14,7 @@ from evdit_opt.calibrate.aim import find_budget
 from evdit_opt.calibrate.clock import Clock, measure_clock
 from evdit_opt.calibrate.draft import Drafter
 from evdit_opt.calibrate.kept import Kept, purpose
-from evdit_opt.calibrate.kinds import Drafted, Kind, Planner
+from evdit_opt.calibrate.kinds import Drafted, Kind, Planner, unfitted_errors
 from evdit_opt.calibrate.prices import Prices, kept_pairs
 from evdit_opt.calibrate.problem import Problem
 from evdit_opt.calibrate.record import Recording, record
@@ -123,7 +123,7 @@ def make_problem(
     """What the search of plans that reuse has to know."""
     fit = fit_residuals(recording, config, model)
     return Problem(
-        errors=recording.errors,
+        errors=unfitted_errors(recording.errors),
         reuse=recording.reuse,
         levels=recording.levels,
         prices=prices,

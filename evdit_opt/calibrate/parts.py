@@ -46,17 +46,29 @@ class Parts:
             ``[masks, batch, heads, frames, positions, head_dim]``, float32; 0 where padding hides
             every kept key.
         """
+        return self.mix(self.shares(bias))
+
+    def mix(self, shares: Tensor) -> Tensor:
+        """What :meth:`combine` returns, from the :meth:`shares` of the same masks."""
         # One small matrix product per query: broadcasting over masks would copy ``out`` for each.
-        return (self._shares(bias).movedim(0, -2) @ self.out).movedim(-2, 0)
+        return (shares.movedim(0, -2) @ self.out).movedim(-2, 0)
 
     def mass(self) -> Tensor:
         """Share of the dense attention that each part gets, ``[heads, frames, parts]``.
 
         Mean over batch and positions. Rows add up to 1.
         """
-        return self._shares(self.lse.new_zeros(1, self.frames, self.frames))[0].mean((0, 3))
+        return self.shares(self.lse.new_zeros(1, self.frames, self.frames))[0].mean((0, 3))
 
-    def _shares(self, bias: Tensor) -> Tensor:
+    def shares(self, bias: Tensor) -> Tensor:
+        """What every part gets of a row under several masks at once; a row adds up to 1.
+
+        Args:
+            bias: as in :meth:`combine`.
+
+        Returns:
+            ``[masks, batch, heads, frames, positions, parts]``, float32.
+        """
         text = self.lse.shape[-1] - self.frames
         bias = torch.nn.functional.pad(bias.to(self.lse), (0, text))
         logits = self.lse + bias[:, None, None, :, None, :]

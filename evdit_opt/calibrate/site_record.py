@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from evdit_opt.calibrate.parts import Parts, tile_parts
+from evdit_opt.calibrate.strengths import FittedRules
 from evdit_opt.grid import TokenLayout
 from evdit_opt.masks import Rule
 
@@ -23,6 +24,9 @@ POSITIONS = 8
 EVERY = 2
 """Of how many steps of a run one measures the rules that are applied in every step; the next run
 takes other steps. Residuals are compared between all steps, so these are looked at in each."""
+
+FITTED_POSITIONS = 1
+"""How many of them say what strengths do; see ``strengths.py``."""
 
 SKETCH = 2048
 """Numbers of a step's residual that are kept, of every frame as many."""
@@ -97,11 +101,17 @@ class SiteRecord:
         self._random = torch.Generator().manual_seed(seed)
         tokens = layout.grid.tokens_per_frame
         self._positions = torch.randperm(tokens, generator=self._random)[: positions or POSITIONS]
+        # Fitted rules need no outputs of their own, but those that they lie between.
+        self._fitted = FittedRules(self.rules, frames)
+        plain = [rule for rule in self.rules if rule.weighting != "fitted"]
+        applied = tuple(dict.fromkeys((*plain, *self._fitted.bases)))
+        self._applied = {rule: row for row, rule in enumerate(applied)}
         # The dense mask comes first, then the rules, then what is reused.
         dense = torch.zeros(frames, frames)
-        masks = [_bias(rule, frames) for rule in (*self.rules, *self.reused)]
+        masks = [_bias(rule, frames) for rule in (*applied, *self.reused)]
         self._bias = torch.stack([dense, *masks])
-        self._error = torch.zeros(len(self.rules), 2, dtype=torch.float64)
+        self._error = torch.zeros(len(applied), 2, dtype=torch.float64)
+        self._between: Tensor | None = None  # what the fitted rules are told by
         self._scale = torch.zeros(2, dtype=torch.float64)
         self._mass: Tensor | None = None
         self._kept: dict[int, Tensor] = {}  # by first head: which numbers the sketch keeps
@@ -163,7 +173,8 @@ class SiteRecord:
         """All sums between two runs, to go on from with :meth:`load_state`."""
         counts = torch.tensor([self.calls, self.runs, self.once_a_step])
         found = {"counts": counts, "error": self._error, "scale": self._scale}
-        optional = {"mass": self._mass, "drift": self._drift, "drift_scale": self._drift_scale}
+        optional = {"mass": self._mass, "drift": self._drift, "drift_scale": self._drift_scale,
+                    "between": self._between}  # fmt: skip
         found |= {name: value for name, value in optional.items() if value is not None}
         return found | {f"kept.{head}": numbers for head, numbers in self._kept.items()}
 
@@ -172,7 +183,7 @@ class SiteRecord:
         self.calls, self.runs, once_a_step = state["counts"].tolist()
         self.once_a_step = bool(once_a_step)
         self._error, self._scale = state["error"], state["scale"]
-        self._mass = state.get("mass")
+        self._mass, self._between = state.get("mass"), state.get("between")
         self._drift, self._drift_scale = state.get("drift"), state.get("drift_scale")
         self._kept = {
             int(name.removeprefix("kept.")): numbers
@@ -182,13 +193,16 @@ class SiteRecord:
 
     def errors(self) -> tuple[CandidateError, ...]:
         """Of all rules over the calls added so far, in the order given."""
-        relative = (self._error / self._scale.clamp_min(1e-300)).sqrt()
-        return tuple(
-            CandidateError(
-                rule, rule.density(self.layout), float(relative[row, 0]), float(relative[row, 1])
-            )
-            for row, rule in enumerate(self.rules)
-        )
+        squares = dict(zip(self._applied, self._error, strict=True))
+        if self._between is not None:
+            bases = torch.stack([squares[rule] for rule in self._fitted.bases])
+            fitted = self._fitted.errors(self._between, bases)
+            squares |= dict(zip(self._fitted.rules, fitted, strict=True))
+        found = []
+        for rule in self.rules:
+            output, temporal = (squares[rule] / self._scale.clamp_min(1e-300)).sqrt().tolist()
+            found.append(CandidateError(rule, rule.density(self.layout), output, temporal))
+        return tuple(found)
 
     def reuse_errors(self) -> tuple[ReuseError, ...]:
         """Of everything reused, over the runs that have ended; none without runs of two steps."""
@@ -208,12 +222,19 @@ class SiteRecord:
 
     def _outputs(self, parts: Parts, takes_rules: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Dense, under every rule, and under everything reused: ``[..., frames, positions, d]``."""
-        rules = self.rules if takes_rules else ()
-        bias = torch.cat([self._bias[: 1 + len(rules)], self._bias[1 + len(self.rules) :]])
-        found = parts.combine(bias.to(parts.lse.device))
+        rules = tuple(self._applied) if takes_rules else ()
+        bias = torch.cat([self._bias[: 1 + len(rules)], self._bias[1 + len(self._applied) :]])
+        shares = parts.shares(bias.to(parts.lse.device))
+        found = parts.mix(shares)
         nothing = [n for n, rule in enumerate((None, *rules, *self.reused)) if _is_empty(rule)]
         found[nothing] = 0.0
         dense, static, reused = found.split([1, len(rules), len(self.reused)])
+        if takes_rules and self._fitted.rules:
+            rows = [self._applied[rule] for rule in self._fitted.bases]
+            few = (..., slice(FITTED_POSITIONS), slice(None))
+            plain = shares[1:][few][rows[: len(rows) // 2]]
+            added = self._fitted.squares(dense[0][few], static[few][rows], plain)
+            self._between = added if self._between is None else self._between + added
         return dense[0], static, reused
 
     def _sketch(self, residuals: Tensor, head: int, heads: int) -> Tensor:

@@ -1,6 +1,7 @@
 """The clock: prices add up to the forwards that were timed, and targets become budgets."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from evdit_opt.calibrate.clock import Clock, measure_clock
 from evdit_opt.calibrate.draft import Drafter
 from evdit_opt.calibrate.record import Recording, record
 from evdit_opt.calibrate.stage import staged
+from evdit_opt.calibrate.strengths import unfitted
 from evdit_opt.calibrate.survey import survey_attention
 from evdit_opt.config import Config
 from evdit_opt.demo.tinywan import load_tinywan
@@ -79,6 +81,25 @@ def test_without_steps_the_rest_is_what_attention_leaves() -> None:
     assert clock.rest_ms == pytest.approx(10.0 - 0.5 * clock.sites)
     for rules in clock.prices.rules.values():
         assert rules[Rule(1)].sparse == pytest.approx(0.2 / 0.5)
+
+
+@pytest.mark.usefixtures("timed")
+def test_one_time_serves_all_strengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[Any] = []
+    pretend = clock_module.interleaved_ms
+    monkeypatch.setattr(
+        clock_module,
+        "interleaved_ms",
+        lambda actions, *a, **k: timed.extend(actions) or pretend(actions, *a, **k),
+    )
+    config = replace(CONFIG, weightings=("fitted",))
+    found = calibrated(BY_NAME["wan"].model(), calls(), config)
+    for rules in measure_clock(*found).prices.rules.values():
+        fitted = [rule for rule in rules if rule.weighting == "fitted"]
+        assert len(fitted) == 2 * 2 * 4  # references, spacings, strengths
+        for rule in fitted:
+            assert rules[rule] == rules[unfitted(rule, "balanced")]
+    assert {rule.weighting for rule in timed if isinstance(rule, Rule)} == {"none", "balanced"}
 
 
 def make(rest_ms: float = 4.0) -> Clock:
