@@ -9,6 +9,7 @@ from functools import partial
 
 from evdit_opt.calibrate.damage import damage_of
 from evdit_opt.calibrate.draft import Drafter
+from evdit_opt.calibrate.fit_strengths import fit_strengths, one_strength
 from evdit_opt.calibrate.prices import Prices
 from evdit_opt.calibrate.problem import Found, Problem, trend_of
 from evdit_opt.calibrate.record import Recording
@@ -26,10 +27,8 @@ from evdit_opt.calibrate.search import (
     mean_price,
     threshold_for_budget,
 )
-from evdit_opt.calibrate.site_record import CandidateError
-from evdit_opt.calibrate.strengths import unfitted
 from evdit_opt.config import Config
-from evdit_opt.masks import Rule, Weighting
+from evdit_opt.masks import Weighting
 from evdit_opt.plan import Plan
 
 __all__ = ["Drafted", "Kind", "Planner", "unfitted_errors"]
@@ -83,7 +82,10 @@ class Planner:
     def budget_within_threshold(self) -> float:
         """What the cheapest plan costs whose sites all err by at most the config's threshold."""
         config = self.config
-        first = _only(self.recording.errors, config.weightings[0])
+        weighting = config.weightings[0]
+        # A fitted plan has the masks of a balanced one.
+        weighting = "balanced" if weighting == "fitted" else weighting
+        first = _only(self.recording.errors, weighting)
         choice = choose_rules(first, self.prices, config.threshold, config.max_distinct_rules)
         static = mean_price(choice, self.prices)
         found = cheapest_within(self.problem, config.threshold) if self.reuses else None
@@ -107,8 +109,11 @@ class Planner:
                 partial(self._static, weighting=weighting, uniform=uniform),
             )
             for weighting in self.config.weightings
+            if weighting != "fitted"
             for uniform in (False, True)
         ]
+        if "fitted" in self.config.weightings:
+            static.append(Kind("searched, weighting fitted", self._fitted))
         even = Kind("reuse, one rule, even refreshes", self._even)
         searched = Kind("reuse, searched", self._reusing)
         return [*static, even, searched] if self.reuses else static
@@ -145,8 +150,17 @@ class Planner:
             if uniform
             else choose_rules(own, prices, threshold, limit)
         )
-        plan = self.drafter.draft(choice, _one_strength(own, choice), threshold)
+        plan = self.drafter.draft(choice, own, threshold)
         return Drafted(plan, self._damage(choice), mean_price(choice, prices))
+
+    def _fitted(self, budget: float) -> Drafted:
+        limit, errors = self.config.max_distinct_rules, self.recording.errors
+        own = _only(errors, "balanced")
+        threshold = threshold_for_budget(own, self.prices, budget, limit)
+        choice = choose_rules(own, self.prices, threshold, limit)
+        choice = fit_strengths(choice, errors, limit)
+        plan = self.drafter.draft(choice, one_strength(errors, choice), threshold)
+        return Drafted(plan, self._damage(choice), mean_price(choice, self.prices))
 
     def _reusing(self, budget: float) -> Drafted | None:
         found = search(self.problem, budget)
@@ -185,27 +199,8 @@ def unfitted_errors(errors: Errors) -> Errors:
 
 
 def _only(errors: Errors, weighting: Weighting) -> Errors:
-    """The candidates of one weighting. Those without references have none to weight, and stay.
-
-    All are fitted: a strength of 0 has the name "none", of 1 "balanced". What fits a site best is
-    among the rules of one price that of the least error, which is what is chosen among these.
-    """
-    if weighting == "fitted":
-        return errors
+    """The candidates of one weighting. Those without references have none to weight, and stay."""
     return {
         site: tuple(c for c in own if c.rule.weighting == weighting or c.rule.references == 0)
         for site, own in errors.items()
     }
-
-
-def _one_strength(errors: Errors, choice: Choice) -> Errors:
-    """Of rules that differ in strength only, the chosen one, or that of the least error."""
-    found = {}
-    for site, own in errors.items():
-        best: dict[Rule, CandidateError] = {}
-        for c in own:
-            known = best.setdefault(unfitted(c.rule), c)
-            if c == choice[site] or (c.output < known.output and known != choice[site]):
-                best[unfitted(c.rule)] = c
-        found[site] = tuple(best.values())
-    return found

@@ -10,10 +10,9 @@ from evdit_opt.calibrate.make import make_problem
 from evdit_opt.calibrate.prices import kept_pairs
 from evdit_opt.calibrate.record import record
 from evdit_opt.calibrate.stage import staged
-from evdit_opt.calibrate.strengths import STRENGTHS, unfitted
+from evdit_opt.calibrate.strengths import unfitted
 from evdit_opt.calibrate.survey import survey_attention
 from evdit_opt.config import Config
-from evdit_opt.masks import Rule
 from evdit_opt.models import as_denoiser
 from tests.models.small_models import BY_NAME
 from tests.test_api import CONFIG, calls
@@ -36,52 +35,43 @@ def planner() -> Planner:
     return planner_of(ALL)
 
 
-def test_every_weighting_is_searched_and_uniform(planner):
+def test_every_weighting_is_offered(planner):
     assert [kind.name for kind in planner.kinds()] == [
-        f"{how}, weighting {weighting}"
-        for weighting in ("none", "balanced", "fitted")
-        for how in ("searched", "uniform")
+        "searched, weighting none",
+        "uniform, weighting none",
+        "searched, weighting balanced",
+        "uniform, weighting balanced",
+        "searched, weighting fitted",
     ]
 
 
-def test_a_fitted_plan_takes_the_strength_that_errs_least(planner):
+def test_a_fitted_plan_has_the_masks_of_the_balanced_one(planner):
     kinds = {kind.name: kind for kind in planner.kinds()}
-    plan = kinds["searched, weighting fitted"].at(0.6).plan
-    assert any(rule.weighting == "fitted" for rule in plan.rules.values())
-    for site in plan.sites:
-        errors = {c.rule: c.output for c in planner.recording.errors[site.name]}
-        others = [one for one in errors if unfitted(one) == unfitted(site.rule)]
-        assert len(others) == len(STRENGTHS)
-        assert site.error == errors[site.rule] == min(errors[one] for one in others)
+    balanced, fitted = (kinds[f"searched, weighting {w}"].at(0.6) for w in ("balanced", "fitted"))
+    assert (fitted.plan.density, fitted.price) == (balanced.plan.density, balanced.price)
+    assert any(rule.weighting == "fitted" for rule in fitted.plan.rules.values())
+    for site, before in zip(fitted.plan.sites, balanced.plan.sites, strict=True):
+        assert unfitted(site.rule) == unfitted(before.rule)
+        candidates = planner.recording.errors[site.name]
+        errors = {c.rule: c.output for c in candidates}
+        assert site.error == errors[site.rule]
         # The evidence shows one strength of every mask, the chosen one among them.
         shown = [one.rule for one in site.errors]
-        assert site.rule.describe(plan.grid.frames) in shown
+        assert site.rule.describe(fitted.plan.grid.frames) in shown
         assert len(shown) == len({unfitted(one) for one in errors})
 
 
-def test_one_strength_serves_all_sites_of_a_uniform_plan(planner):
-    kinds = {kind.name: kind for kind in planner.kinds()}
-    [rule] = set(kinds["uniform, weighting fitted"].at(0.6).plan.rules.values())
-    errors = planner.recording.errors.values()
-    mean = {
-        s: sum(c.output for own in errors for c in own if c.rule == one)
-        for s in STRENGTHS
-        for one in [_at(rule, s)]
-    }
-    assert mean[_strength(rule)] == min(mean.values())
+def test_fitted_alone_is_enough(planner):
+    alone = planner_of(replace(ALL, weightings=("fitted",)))
+    [kind] = alone.kinds()
+    expected = {one.name: one for one in planner.kinds()}[kind.name].at(0.6).plan
+    assert kind.at(0.6).plan.rules == expected.rules
+    both = replace(
+        planner, drafter=replace(planner.drafter, config=replace(ALL, weightings=("balanced",)))
+    )
+    assert alone.budget_within_threshold() == both.budget_within_threshold()
 
 
 def test_plans_that_reuse_know_no_strengths(planner):
     without = planner_of(replace(ALL, weightings=("none", "balanced")))
     assert planner.problem.errors == without.recording.errors == without.problem.errors
-
-
-def _at(rule: Rule, strength: float) -> Rule:
-    names = {0.0: "none", 1.0: "balanced"}
-    if strength in names:
-        return unfitted(rule, names[strength])
-    return replace(rule, weighting="fitted", strength=strength)
-
-
-def _strength(rule: Rule) -> float:
-    return {"none": 0.0, "balanced": 1.0}.get(rule.weighting, rule.strength)
