@@ -83,8 +83,8 @@ def apply_plan(target: Target, plan: Plan, **options: Any) -> Target:
     Args:
         target: a diffusers video pipeline, or an ``nn.Module``.
         plan: made for this model by ``make_plan``, or loaded.
-        options: ``inner`` ("inductor", "eager", ...), ``impl``, ``fullgraph``, ``dynamic``,
-            ``guard`` (see ``evdit_opt.guard.Guard``).
+        options: ``inner`` ("inductor", "eager", ...), ``inductor_options``, ``impl``,
+            ``fullgraph``, ``dynamic``, ``guard`` (see ``evdit_opt.guard.Guard``).
 
     Returns:
         ``target`` itself; the first forward compiles.
