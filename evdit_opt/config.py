@@ -112,7 +112,7 @@ class Config:
     max_flicker_ratio: float | None = None
     references: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8, 12)
     windows: tuple[int, ...] = (0, 1, 2)
-    weightings: tuple[Weighting, ...] = ("none", "balanced")
+    weightings: tuple[Weighting, ...] = ("none", "balanced", "fitted")
     spacings: tuple[Spacing, ...] = ("paper", "centred")
     max_density: float = 0.8
     min_tokens: int = 256

@@ -119,7 +119,8 @@ def test_a_record_goes_on_bit_for_bit() -> None:
     layout = TokenLayout(VideoGrid(5, 4, 6), suffix=3)
 
     def new() -> SiteRecord:
-        return SiteRecord(layout, (Rule(1), Rule(2)), (CACHED, Rule(0)), seed=3)
+        rules = (Rule(1), Rule(2), Rule(2, weighting="fitted", strength=0.5))
+        return SiteRecord(layout, rules, (CACHED, Rule(0)), seed=3)
 
     def play(record: SiteRecord, prompt: int) -> None:
         torch.manual_seed(prompt)
