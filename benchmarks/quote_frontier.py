@@ -43,7 +43,7 @@ def gains(report: dict[str, Any]) -> str:
         ours = rows.pop("ours", None)
         if ours is None:
             continue
-        rows.pop("ours without reuse", None)
+        static = rows.pop("ours without reuse", None)
         told = []
         for what in ("output caching", "output forecasting"):
             if other := rows.pop(f"{what}, even refreshes", None):
@@ -51,6 +51,8 @@ def gains(report: dict[str, Any]) -> str:
         if rows:
             best = max(rows.values(), key=lambda row: row["mean_psnr_db"])
             told.append(f"{paired(ours, best)} to the best other static mask ({best['variant']})")
+            if static:
+                told.append(f"without reuse {paired(static, best)} to that")
         if told:
             lines.append(f"- density {target}: {', '.join(told)}")
     return "\n".join(lines) + "\n"
