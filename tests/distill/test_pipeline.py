@@ -59,7 +59,10 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("rank", [None, 2], ids=["all weights", "lora"])
+@pytest.mark.parametrize(
+    "rank",
+    [pytest.param(None, marks=pytest.mark.nightly, id="all weights"), pytest.param(2, id="lora")],
+)
 def test_optimize_trains_saves_and_restores_bit_for_bit(tmp_path: Path, rank: int | None) -> None:
     pipe = load_tinywan()
     before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
@@ -117,7 +120,7 @@ def test_videos_are_what_is_trained_on(tmp_path: Path, monkeypatch: pytest.Monke
     assert any(not torch.equal(v, changed[n]) for n, v in first.transformer.state_dict().items())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # tests/distill/test_processes.py is the quick one
 def test_two_processes_share_the_work(tmp_path: Path) -> None:
     """One encodes and writes; both train on the global batch that one process would have."""
     clips = tmp_path / "clips"
@@ -150,7 +153,7 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
         assert abs(curves[name][0]["loss"] - first) < 2 * 64 * 2**-23 * first / 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_other_order_trains_the_sparse_model_for_few_steps(tmp_path: Path) -> None:
     pipe = load_tinywan()
     order = ("search", "knowledge", "consistency")

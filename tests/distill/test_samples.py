@@ -42,7 +42,7 @@ def curve(log: Path) -> list[dict]:
 
 @pytest.mark.parametrize(
     "stages",
-    [("consistency",), pytest.param(("search", "knowledge"), marks=pytest.mark.slow)],
+    [("consistency",), pytest.param(("search", "knowledge"), marks=pytest.mark.nightly)],
     ids=["consistency", "knowledge"],
 )
 def test_the_loss_curve_is_the_same_bit_for_bit(tmp_path: Path, stages: tuple[str, ...]) -> None:

@@ -44,7 +44,7 @@ def furthest(one: Path, other: Path) -> float:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_with_half_of_it_each(tmp_path: Path) -> None:
     """Consistency and knowledge steps, a checkpoint, a kill after it, and on.
 

@@ -73,7 +73,9 @@ def run(given: Planned, programs: dict[str, ExportedProgram]) -> list[Tensor]:
     return generate(given, predict)
 
 
-@pytest.mark.parametrize("kind", ["toy", "wan", "cogvideox"])
+@pytest.mark.parametrize(
+    "kind", ["toy", "wan", pytest.param("cogvideox", marks=pytest.mark.nightly)]
+)
 def test_a_generation_by_programs_is_that_of_the_optimized_model(kind: str) -> None:
     plain, given = reusing(kind, trend=False), reusing(kind)
     programs = exported(given)

@@ -67,7 +67,7 @@ def by_the_docs(given: Planned, folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["wan", "cogvideox"])
+@pytest.mark.parametrize("kind", ["wan", pytest.param("cogvideox", marks=pytest.mark.nightly)])
 def test_the_documented_loop_computes_the_same(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

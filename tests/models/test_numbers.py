@@ -14,9 +14,8 @@ from tests.models.small_models import BY_NAME, CASES
 SPARSE = [case for case in CASES if not case.refused]
 
 # One of each kind. wan: video alone. cogvideox: text before. hunyuan: text behind, a key mask,
-# padding of another length in each sample. hunyuan15: broken graphs, a mask over rows and keys.
-# mochi: samples of different length, one by one. helios: history. ltx: tokens as input, RoPE.
-KINDS = ("wan", "cogvideox", "hunyuan", "hunyuan15", "mochi", "helios", "ltx")
+# padding of another length in each sample. mochi: samples of different length, one by one.
+KINDS = ("wan", "cogvideox", "hunyuan", "mochi")
 kinds = pytest.mark.parametrize(
     "case",
     [
