@@ -20,7 +20,7 @@ __all__ = ["OPTIONAL", "build", "dump", "parse", "shorten"]
 T = TypeVar("T")
 MAX_DIGITS = 25  # more than any 64-bit integer has; Python converts longer ones in quadratic time
 MAX_TEXT = 1000
-MAX_VALUES = 240_000  # what little ones would take, of which a file of some MiB may hold millions
+MAX_VALUES = 120_000  # what little ones would take, of which a file of some MiB may hold millions
 Pairs = tuple[tuple[str, str], ...]  # written as a JSON object
 OPTIONAL = "optional"
 """Metadata of a field that is written only where it differs from its default."""

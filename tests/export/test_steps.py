@@ -66,8 +66,8 @@ def by_the_docs(given: Planned, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     return predictions
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["wan", pytest.param("cogvideox", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", ["wan", "cogvideox"])
 def test_the_documented_loop_computes_the_same(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
