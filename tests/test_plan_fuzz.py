@@ -222,7 +222,13 @@ def test_the_largest_plan_loads_in_time(scratch: Path) -> None:
     """As many sites as may be, with as much evidence as fits."""
     data = json.loads(TEXT)
     site = json.dumps({**data["sites"][0], "errors": data["sites"][0]["errors"] * 4})
-    count = min(4096, (plan_module.MAX_BYTES - 2 * len(TEXT)) // (len(site) + 10))
+    values = sum(site.count(one) for one in "{[,") + 2  # and in the list of those that reuse
+    count = min(
+        4096,
+        (plan_module.MAX_BYTES - 2 * len(TEXT)) // (len(site) + 10),
+        (MAX_VALUES - 2 * len(TEXT)) // values,
+    )
+    assert count > 500
     data["sites"] = [{**json.loads(site), "name": f"blocks.{n}"} for n in range(count)]
     data["reuse"]["sites"] = [f"blocks.{n}" for n in range(count)]
     scratch.write_text(json.dumps(data))
