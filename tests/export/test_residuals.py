@@ -74,7 +74,7 @@ def run(given: Planned, programs: dict[str, ExportedProgram]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["toy", "wan", pytest.param("cogvideox", marks=pytest.mark.nightly)]
+    "kind", ["toy", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("wan", "cogvideox"))]
 )
 def test_a_generation_by_programs_is_that_of_the_optimized_model(kind: str) -> None:
     plain, given = reusing(kind, trend=False), reusing(kind)

@@ -106,7 +106,7 @@ def test_all_layers_are_found_and_nothing_else(model: OpenSoraT2V, mask: str | N
     assert set(found.evidence.values()) == {"probe"}
 
 
-@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.nightly)])
 @masks
 @torch.no_grad()
 def test_outputs_are_those_of_dense_masks(model: OpenSoraT2V, mask: str | None, inner: str) -> None:
