@@ -74,7 +74,8 @@ def run(given: Planned, programs: dict[str, ExportedProgram]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["toy", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("wan", "cogvideox"))]
+    "kind",
+    ["toy", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("wan", "cogvideox"))],
 )
 def test_a_generation_by_programs_is_that_of_the_optimized_model(kind: str) -> None:
     plain, given = reusing(kind, trend=False), reusing(kind)
