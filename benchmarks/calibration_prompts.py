@@ -4,7 +4,7 @@
 
 TinyWan. Efficient-vDiT says that masks depend on the data little; here the whole plan is at stake:
 rules, refresh steps, how residuals are carried on. Every plan is searched on the prompts it was
-given; the few are among the many. Recordings, plans and dense clips are kept in ``--folder``.
+given; the few are among the many. Plans and dense clips are kept in ``--folder``.
 """
 
 import argparse

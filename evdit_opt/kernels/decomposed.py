@@ -92,7 +92,7 @@ def attend_pieces(
     bias = key_bias(attn_mask, q)
     of_keys = [ranges for ranges, _ in shared_ranges(plan, geometry)]
     of_keys += [ranges for piece in pieces for ranges in _own_ranges(piece.block, geometry)]
-    everything, seq = [(0, geometry.seq_len)], geometry.seq_len
+    seq = geometry.seq_len
     whose: tuple[slice, slice] | None = None
     for piece in pieces:
         if whose != (piece.batch, piece.heads):
@@ -108,7 +108,7 @@ def attend_pieces(
             )  # fmt: skip
         queries = call.take_queries(call.q, piece.ranges)
         if piece.block is None:
-            keys = _take_keys(call, everything)
+            keys = _take_keys(call, [(0, seq)])
             yield [attend(queries, keys.k, keys.v, keys.bias, scale)]
             continue
         if not shared:  # copied next to one another once

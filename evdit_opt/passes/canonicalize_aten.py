@@ -1,6 +1,5 @@
 """Graphs that were lowered before: the operators that attention becomes instead of the function."""
 
-import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from torch import fx
 
 from evdit_opt.passes.attention_letters import NotSDPA
-from evdit_opt.passes.graph import LEFT_ALONE, SDPA, live_nodes
+from evdit_opt.passes.graph import LEFT_ALONE, SDPA, first_results, live_nodes
 from evdit_opt.passes.stand_in import Draft, StandIn, stand_in
 
 __all__ = ["canonicalize_aten"]
@@ -45,8 +44,8 @@ def canonicalize_aten(graph: fx.Graph) -> Iterator[StandIn]:
     live = live_nodes(graph) if calls else set()
     for call in calls:
         try:
-            results = [user for user in call.users if user in live]
-            if any(user.target is not operator.getitem or user.args[1] != 0 for user in results):
+            results = first_results(call, live)
+            if results is None:
                 raise NotSDPA("its logsumexp is used elsewhere")
             for result in results:
                 dead = [user for user in call.users if user is not result]

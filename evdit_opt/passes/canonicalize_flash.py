@@ -1,13 +1,12 @@
 """The operator of diffusers' dispatcher, which its flash-attention 3 backend leaves in a graph."""
 
-import operator
 from collections.abc import Iterator
 
 import torch
 from torch import fx
 
 from evdit_opt.passes.attention_letters import NotSDPA
-from evdit_opt.passes.graph import LEFT_ALONE, SDPA, live_nodes, value_of
+from evdit_opt.passes.graph import LEFT_ALONE, SDPA, first_results, live_nodes, value_of
 from evdit_opt.passes.stand_in import Draft, StandIn, stand_in
 
 __all__ = ["canonicalize_flash"]
@@ -35,9 +34,9 @@ def canonicalize_flash(graph: fx.Graph) -> Iterator[StandIn]:
     calls = [node for node in graph.nodes if _is_call(node)]
     live = live_nodes(graph) if calls else set()
     for call in calls:
-        results = [user for user in call.users if user in live]
+        results = first_results(call, live)
         try:
-            if any(user.target is not operator.getitem or user.args[1] != 0 for user in results):
+            if results is None:
                 raise NotSDPA("its logsumexp is used elsewhere")
             for result in results:
                 yield _write(call, result)

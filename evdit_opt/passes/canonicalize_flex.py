@@ -1,12 +1,11 @@
 """``flex_attention`` that neither changes scores nor hides keys, which is plain attention."""
 
-import operator
 from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
 
-from evdit_opt.passes.graph import SDPA, live_nodes, operation, value_of
+from evdit_opt.passes.graph import SDPA, first_results, live_nodes, operation, value_of
 from evdit_opt.passes.stand_in import Draft, StandIn, stand_in
 
 __all__ = ["canonicalize_flex"]
@@ -33,9 +32,8 @@ def canonicalize_flex(graph: fx.Graph) -> Iterator[StandIn]:
     found = [node for node in graph.nodes if operation(node) == "flex_attention"]
     live = live_nodes(graph) if found else set()
     for call in found:
-        results = [user for user in call.users if user in live]
-        first = all(user.target is operator.getitem and user.args[1] == 0 for user in results)
-        if first and _keeps_scores(call) and _keeps_keys(call):
+        results = first_results(call, live)
+        if results is not None and _keeps_scores(call) and _keeps_keys(call):
             for result in results:
                 yield _write(call, result)
 

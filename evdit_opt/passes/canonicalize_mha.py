@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from evdit_opt.passes.attention_letters import NotSDPA
-from evdit_opt.passes.graph import LEFT_ALONE, SDPA, live_nodes, value_of
+from evdit_opt.passes.graph import LEFT_ALONE, SDPA, first_results, live_nodes, value_of
 from evdit_opt.passes.stand_in import Draft, StandIn, stand_in
 
 __all__ = ["canonicalize_mha"]
@@ -36,9 +36,9 @@ def canonicalize_mha(graph: fx.Graph) -> Iterator[StandIn]:
     calls = graph.find_nodes(op="call_function", target=MHA)
     live = live_nodes(graph) if calls else set()
     for call in calls:
-        results = [user for user in call.users if user in live]
+        results = first_results(call, live)
         try:
-            if any(user.target is not operator.getitem or user.args[1] != 0 for user in results):
+            if results is None:
                 raise NotSDPA("its attention weights are used elsewhere")
             for result in results:
                 yield _open(call, result)

@@ -1,6 +1,7 @@
 """What every pass needs to know about a Dynamo graph (before AOT: one node per attention call)."""
 
 import copy
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -22,6 +23,7 @@ __all__ = [
     "attention_calls",
     "bind_attention",
     "copy_graph",
+    "first_results",
     "insert_call",
     "is_attention",
     "layer_fqn",
@@ -187,6 +189,18 @@ def live_nodes(graph: fx.Graph) -> set[fx.Node]:
         live.update(new)
         todo += new
     return live
+
+
+def first_results(call: fx.Node, live: set[fx.Node]) -> list[fx.Node] | None:
+    """Where the first result of a call is taken; None if something else of it is used, too.
+
+    Args:
+        call: of a function that returns several things.
+        live: :func:`live_nodes` of its graph.
+    """
+    results = [user for user in call.users if user in live]
+    first = all(user.target is operator.getitem and user.args[1] == 0 for user in results)
+    return results if first else None
 
 
 def written_inputs(node: fx.Node) -> list[fx.Node]:
