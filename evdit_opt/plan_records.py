@@ -196,6 +196,20 @@ class ReuseRecord:
             for before, now in itertools.pairwise(due)
         )
 
+    def renewals(self, levels: Sequence[float]) -> tuple[int, ...]:
+        """Earlier steps of a run on which the residuals of its last step depend.
+
+        Args:
+            levels: noise levels of the run, up to that step.
+
+        Returns:
+            Numbers of steps: the latest refresh, two where residuals are carried on; none where the
+            last step reuses nothing.
+        """
+        *earlier, last = self.modes(levels)
+        refreshes = [step for step, mode in enumerate(earlier) if mode == "refresh"]
+        return tuple(refreshes[-2 if self.trend else -1 :]) if last == "reuse" else ()
+
     def ahead(self, level: float, refreshed: Sequence[float]) -> float:
         """How much of the last change of residuals to add to them.
 

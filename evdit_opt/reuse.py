@@ -30,7 +30,7 @@ from evdit_opt.passes.marks import LiveGrid, SiteMark
 from evdit_opt.passes.swap_attention import ResidualMissing
 from evdit_opt.plan import Plan, ReuseRecord
 
-__all__ = ["Reusing", "refresh_every", "with_reuse"]
+__all__ = ["Reusing", "refresh_every", "with_reuse", "without_reuse"]
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,23 @@ def with_reuse(
     if rule is None:
         return replace(plan, sites=tuple(changed), reuse=record)
     return replace(plan, sites=tuple(changed), reuse=record, quality=None, speed=None)
+
+
+def without_reuse(plan: Plan) -> Plan:
+    """The plan for calls that belong to no run: its reusing sites are dense, the others as before.
+
+    Args:
+        plan: returned as it is if no site of it reuses.
+    """
+    if plan.reuse is None:
+        return plan
+    sites = tuple(
+        replace(site, rule=None, density=1.0, error=None, reason="nothing to reuse")
+        if site.name in plan.reuse.sites
+        else site
+        for site in plan.sites
+    )
+    return replace(plan, sites=sites, reuse=None, quality=None, speed=None)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from evdit_opt.generations import STRANGERS
 from evdit_opt.grid import TokenLayout
 from evdit_opt.masks import CACHED, Rule
 from evdit_opt.plan import Plan
-from evdit_opt.reuse import refresh_every, with_reuse
+from evdit_opt.reuse import refresh_every, with_reuse, without_reuse
 from tests.models.branching_dit import make_branching, scope_plan
 from tests.models.masked import masked_attention
 from tests.models.timed_toy import (
@@ -267,6 +267,15 @@ def test_torch_compile_alone_cannot_reuse() -> None:
     compiled = torch.compile(model, backend="evdit", options=options)
     with pytest.raises(BackendCompilerFailed, match="apply_plan"):
         call(compiled, conditioning(), 900.0)
+
+
+def test_without_reuse_its_sites_are_dense_and_the_others_as_before() -> None:
+    model, (first, second) = timed_toy(), toy_rules(2)
+    static = make_plan(model, toy_rules(2))
+    assert without_reuse(static) is static
+    left = without_reuse(with_reuse(static, (800.0,), sites=[first]))
+    assert left.reuse is None
+    assert left.rules == {second: toy_rules(2)[second]}
 
 
 def test_a_dense_site_cannot_reuse() -> None:

@@ -145,6 +145,12 @@ class TrainingState:
             average = self.average[name]
             average.lerp_(value.detach().to(average.device, average.dtype), 1 - decay)
 
+    @torch.no_grad()
+    def use_average(self) -> None:
+        """Put the average, if there is one, in the place of the weights."""
+        for name, value in (self.average or {}).items():
+            self.trained[name].copy_(value)
+
 
 def forget_after(log: Path, step: int) -> None:
     """Drop what a killed run logged after its last checkpoint: those steps are done again."""

@@ -18,6 +18,7 @@ from evdit_opt.distill.consistency import Model
 from evdit_opt.distill.segments import Segments
 from evdit_opt.errors import DistillationError
 from evdit_opt.models import output_tensor
+from evdit_opt.plan_records import ReuseRecord
 
 __all__ = ["EdgeWalk", "KnowledgeWeights", "SiteOutputs", "knowledge_losses", "train_only"]
 
@@ -137,6 +138,9 @@ class EdgeWalk:
         segments: the schedule.
         noise: ``noise(walk)`` is where a walk begins, [batch, ...], of unit variance.
         teacher: ``teacher(walk)`` is the teacher with the prompts of a walk.
+
+    Attributes:
+        samples: where the teacher was called in this walk, edge by edge, each [batch, ...].
     """
 
     def __init__(
@@ -148,6 +152,7 @@ class EdgeWalk:
         self.segments, self.noise, self.teacher = segments, noise, teacher
         self.here = (-1, 0)
         self.sample = torch.empty(0)
+        self.samples: list[torch.Tensor] = []
 
     @torch.no_grad()
     def visit(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -167,14 +172,33 @@ class EdgeWalk:
         points, output = self._advance(walk)
         return sample, points, output
 
+    @torch.no_grad()
+    def renew(self, student: Model, reuse: ReuseRecord) -> None:
+        """Give a student that reuses residuals those it would have at the step just visited.
+
+        It is called where it renews them, in this walk and as it is now: what a step teaches
+        depends on the weights and the number of the step alone.
+
+        Args:
+            student: with the prompts of this walk.
+            reuse: of the student's plan.
+        """
+        here = len(self.samples) - 1
+        levels = self.segments.timesteps[list(self.segments.edges[: here + 1])].tolist()
+        for edge in reuse.renewals(levels):
+            points = torch.full((len(self.samples[edge]),), self.segments.edges[edge])
+            student(*self.segments.model_input(self.samples[edge], points))
+
     def _begin(self, walk: int) -> None:
         noise = self.noise(walk)
         start = torch.zeros(len(noise), dtype=torch.int64)
         self.sample = self.segments.noised(torch.zeros_like(noise), noise, start)
         self.here = (walk, 0)
+        self.samples = []
 
     def _advance(self, walk: int) -> tuple[torch.Tensor, torch.Tensor]:
         edge, sample = self.here[1], self.sample
+        self.samples.append(sample)
         points = torch.full((len(sample),), self.segments.edges[edge])
         following = torch.full_like(points, self.segments.edges[edge + 1])
         output = self.teacher(walk)(*self.segments.model_input(sample, points))

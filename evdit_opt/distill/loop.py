@@ -79,7 +79,8 @@ class TrainingConfig:
         betas: of AdamW.
         weight_decay: of AdamW.
         clip: largest norm of the gradient.
-        average: decay of a moving average of the weights, kept beside them; None: none.
+        average: decay of a moving average of the weights, which takes their place at the end (a
+            checkpoint has both); None: none.
         bf16: compute in bfloat16 where autocast does; weights and optimizer stay as they are.
         checkpointing: recompute activations in the backward, as diffusers models offer it.
         save_every: steps between checkpoints.
@@ -217,6 +218,7 @@ def train(
             yield record
             if done:
                 break
+    state.use_average()
     if config.shard:
         take_back(model, worker, kept_on)
     accelerator.wait_for_everyone()

@@ -34,6 +34,7 @@ from evdit_opt.distill.stages import Setting, consistency_stage, knowledge_stage
 from evdit_opt.errors import AlreadyOptimizedError, DistillationError
 from evdit_opt.models import denoiser_of
 from evdit_opt.plan import PLAN_FILE, Plan
+from evdit_opt.reuse import without_reuse
 from evdit_opt.scheduler import FewStepScheduler
 
 __all__ = ["Finetuning", "finetune"]
@@ -106,6 +107,12 @@ class Finetuning:
             )
         if not self.prompts:
             raise DistillationError("expected at least one prompt to train on, got none")
+        if "knowledge" in config.stages and config.knowledge.checkpointing and self.search.reuse:
+            raise DistillationError(
+                "expected knowledge.checkpointing to be false where the plan may reuse residuals, "
+                "got true: computing a refresh again would write them again; set it to false, or "
+                "search with reuse=False"
+            )
         # Before anything is loaded or trained: an impossible schedule is the first thing to know.
         self.few = FewStepScheduler(
             pipe.scheduler,
@@ -161,13 +168,15 @@ class Finetuning:
         config = self.config
         if config.stages[index] == "consistency":
             latents = latents or self._latents()
-            if self.plan is not None:
-                apply.apply_plan(self.model, self.plan, inner="eager")
+            # Its samples are single points of a run, where there is nothing to reuse.
+            plan = None if self.plan is None else without_reuse(self.plan)
+            if plan is not None:
+                apply.apply_plan(self.model, plan, inner="eager")
             try:
                 setting = self._setting(self.steps, latents)
                 yield consistency_stage(setting, self.teacher, latents), config.consistency
             finally:
-                if self.plan is not None:
+                if plan is not None:
                     apply.restore(self.model)
             return
         assert self.plan is not None, "checked by FinetuneConfig"
@@ -187,7 +196,9 @@ class Finetuning:
         try:
             setting = self._setting(edges)
             guidance = 1.0 if done else config.guidance
-            yield knowledge_stage(setting, teacher, watched, wanted, guidance), config.knowledge
+            reuse = self.plan.reuse
+            losses = knowledge_stage(setting, teacher, watched, wanted, guidance, reuse)
+            yield losses, config.knowledge
         finally:
             apply.restore(self.model)
             watched.remove()

@@ -21,6 +21,7 @@ from evdit_opt.distill.data import LatentShards
 from evdit_opt.distill.knowledge import EdgeWalk, SiteOutputs, knowledge_losses
 from evdit_opt.distill.loop import Losses, Numbers
 from evdit_opt.distill.segments import Segments, annealed_steps
+from evdit_opt.plan_records import ReuseRecord
 
 __all__ = ["Setting", "consistency_stage", "knowledge_stage"]
 
@@ -97,6 +98,7 @@ def knowledge_stage(
     watched: SiteOutputs,
     wanted: SiteOutputs,
     guidance: float,
+    reuse: ReuseRecord | None,
 ) -> Losses:
     """A sparse student taught at the edges of its dense teacher's walks; see knowledge.py.
 
@@ -107,6 +109,7 @@ def knowledge_stage(
         wanted: hooks on the teacher.
         guidance: 1 after consistency distillation. Else walks are guided, and the student learns
             the conditional call: guidance is folded in later.
+        reuse: of the student's plan.
     """
     segments, conditions, count = setting.segments, setting.conditions, len(setting.segments)
     walks: dict[tuple[int, ...], EdgeWalk] = {}  # by the rows of a step: accumulation interleaves
@@ -144,7 +147,10 @@ def knowledge_stage(
                 given = segments.model_input(sample, points)
                 target = conditions.bind(teacher, texts)(*given)
         theirs = wanted.take()
-        output = conditions.bind(model, texts)(*segments.model_input(sample, points))
+        student = conditions.bind(model, texts)  # one condition, so its calls are one generation
+        if reuse is not None:
+            walks[numbers.rows].renew(student, reuse)
+        output = student(*segments.model_input(sample, points))
         return knowledge_losses(output, watched.take(), target, theirs, setting.config.weights)
 
     return losses

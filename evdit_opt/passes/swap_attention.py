@@ -44,7 +44,7 @@ def swap_attention(
 
     after:   out = scaled_dot_product_attention(q(x), k(x), v(x))
              sparse, lse = evdit.tile_attention(q(x), k(x), v(x), mask, ...)
-             residual.copy_(out - sparse)
+             residual.copy_(detach(out - sparse))
 
     and in the mode "reuse" it is added: ``out = sparse + residual``. Where the rule keeps nothing,
     the residual is the whole output. One of another dtype than the output goes through
@@ -197,8 +197,9 @@ def _rewrite(call: fx.Node, mark: fx.Node, name: str, impl: str, checks: bool) -
 
 
 def _keep(call: fx.Node, facts: MarkFacts, residual: fx.Node) -> None:
-    """Write what a mask drops to where it is kept."""
+    """Write what a mask drops to where it is kept; a gradient does not flow from step to step."""
     graph, copy = call.graph, torch.ops.aten.copy_.default
+    residual = insert_call(graph, torch.ops.aten.detach.default, (residual,), call)
     if facts.residual_scale is None:
         insert_call(graph, copy, (facts.residual, residual), call)
         return

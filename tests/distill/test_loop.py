@@ -69,6 +69,24 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, killed_after: int) -> 
         assert torch.equal(value, ends[1]["average"][name])
 
 
+def test_the_average_takes_the_place_of_the_weights_at_the_end(tmp_path: Path) -> None:
+    model, again = network(), network()
+    weights = []
+    for _ in train(model, losses, CONFIG, tmp_path):
+        weights.append([value.detach().clone() for value in model.parameters()])
+    right = [value.detach().clone() for value in network().parameters()]
+    for step, now in enumerate(weights, 1):
+        decay = min(0.9, (1 + step) / (10 + step))
+        right = [decay * mean + (1 - decay) * new for mean, new in zip(right, now, strict=True)]
+    # lerp rounds in another way, seven times
+    for value, wanted, last in zip(model.parameters(), right, weights[-1], strict=True):
+        assert torch.allclose(value, wanted, rtol=0, atol=8 * 2**-23 * float(wanted.abs().max()))
+        assert not torch.equal(value, last)
+    list(train(again, losses, CONFIG, tmp_path))  # all done, read from the checkpoint
+    for value, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(value, other)
+
+
 def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path: Path) -> None:
     for record in train(network(), losses, CONFIG, tmp_path):
         if record["step"] == 5:

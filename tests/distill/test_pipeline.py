@@ -237,5 +237,9 @@ def test_what_cannot_be_trained_is_said_first(tmp_path: Path) -> None:
         Finetuning(pipe.transformer, PROMPTS, settings(tmp_path), 2, SEARCH)
     with pytest.raises(DistillationError, match="set lora_modules"):
         Finetuning(pipe, PROMPTS, settings(tmp_path, lora_rank=2, lora_modules=("no",)), 2, SEARCH)
+    checkpointed = settings(tmp_path, knowledge=replace(SHORT, checkpointing=True))
+    with pytest.raises(DistillationError, match="search with reuse=False"):
+        Finetuning(pipe, PROMPTS, checkpointed, 2, replace(SEARCH, reuse=True))
+    Finetuning(pipe, PROMPTS, checkpointed, 2, SEARCH)
     with pytest.raises(DistillationError, match="steps and finetune together"):
         optimize(pipe, PROMPTS, SEARCH, steps=2)

@@ -76,7 +76,7 @@ def test_halves_of_a_batch_make_the_whole(stage: str) -> None:
         if stage == "consistency":
             return consistency_stage(setting(), teacher, Latents())
         hooks = SiteOutputs(model, ["site"]), SiteOutputs(teacher, ["site"])
-        return knowledge_stage(setting(), teacher, *hooks, 3.0 if stage[0] == "g" else 1.0)
+        return knowledge_stage(setting(), teacher, *hooks, 3.0 if stage[0] == "g" else 1.0, None)
 
     model = Talking()
     model.site.weight.mul_(1.5)
@@ -105,7 +105,7 @@ def test_the_student_is_conditional_and_the_teacher_guided() -> None:
 def test_knowledge_after_consistency_calls_the_teacher_once_a_step() -> None:
     teacher, student = Talking(), Talking()
     hooks = SiteOutputs(student, ["site"]), SiteOutputs(teacher, ["site"])
-    losses = knowledge_stage(setting(), teacher, *hooks, 1.0)
+    losses = knowledge_stage(setting(), teacher, *hooks, 1.0, None)
     for step in range(6):
         found = losses(student, numbers(step, (0, 1, 2, 3)))
         assert float(found["loss"]) == 0.0  # a copy of its teacher
