@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.tinywan_training import World, bound, parse_phase, save_half, seeds
+from benchmarks.tinywan_knowledge import rule_of, uniform
+from benchmarks.tinywan_training import World, bound, load_half, parse_phase, save_half, seeds
+from evdit_opt.apply import apply_plan
 from evdit_opt.demo.tinywan import TINYWAN_CALL
 from evdit_opt.distill.consistency import consistency_loss, consistency_target, guided
 from evdit_opt.distill.loop import Losses, Numbers, TrainingConfig, train
@@ -33,13 +35,20 @@ def main() -> None:
     )
     parser.add_argument("--first-teacher-steps", type=int, default=4)
     parser.add_argument("--huber", type=float, default=None)
+    parser.add_argument("--average", type=float, default=None)
     parser.add_argument("--guidance", type=float, default=TINYWAN_CALL["guidance_scale"])
+    parser.add_argument("--start", type=Path, help="weights of the student to begin with")
+    parser.add_argument("--rule", help="train under this static mask, such as 2,1,balanced")
     parser.add_argument("--latents", type=Path, default=Path("runs/tinywan/pool"))
     parser.add_argument("--folder", type=Path, default=Path("runs/tinywan/consistency"))
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     world = World(options.latents)
+    if options.start is not None:
+        load_half(world.student, options.start)
+    if options.rule is not None:
+        apply_plan(world.student, uniform(rule_of(options.rule)), inner="eager")
     cut = segments_of(
         world.pipe.scheduler, segments=options.segments, full_steps=options.full_steps
     )
@@ -53,6 +62,7 @@ def main() -> None:
             learning_rate=phase.rate,
             warmup=30 if index < 2 else 1,
             decay_from=phase.decay_from,
+            average=options.average,
         )
 
         def teacher_steps(step: int, first: int = first, steps: int = phase.steps) -> int:

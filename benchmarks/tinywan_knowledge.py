@@ -24,6 +24,7 @@ from evdit_opt.apply import apply_plan
 from evdit_opt.demo.clips import TRAINED
 from evdit_opt.demo.tinywan import LATENT_SHAPE, load_tinywan
 from evdit_opt.demo.train_denoiser import encode_prompts
+from evdit_opt.distill.consistency import Model, guided
 from evdit_opt.distill.knowledge import EdgeWalk, KnowledgeWeights, SiteOutputs, knowledge_losses
 from evdit_opt.distill.loop import Numbers, TrainingConfig, train
 from evdit_opt.distill.segments import segments_of
@@ -57,7 +58,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", type=Path, help="weights of the dense few-step student")
     parser.add_argument("--rule", default="2,1,balanced")
+    parser.add_argument("--plan", type=Path, help="a plan instead of one rule everywhere")
     parser.add_argument("--segments", type=int, default=6)
+    parser.add_argument("--guidance", type=float, default=1.0, help="of the teacher's walk")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rate", type=float, default=3e-4)
@@ -73,16 +76,17 @@ def main() -> None:
         return
     pipe = load_tinywan()
     teacher = pipe.transformer.eval().requires_grad_(False)
-    load_half(teacher, options.teacher)
+    if options.teacher is not None:
+        load_half(teacher, options.teacher)
     student = copy.deepcopy(teacher).requires_grad_(True)
-    plan = uniform(rule_of(options.rule))
+    plan = Plan.load(options.plan) if options.plan else uniform(rule_of(options.rule))
     sites = tuple(plan.rules)
     watched, wanted = SiteOutputs(student, sites), SiteOutputs(teacher, sites)
     apply_plan(student, plan, inner="eager")
     segments = segments_of(pipe.scheduler, segments=options.segments)
     captions = [label.caption(n % 3) for n, label in enumerate(TRAINED)]
     with torch.no_grad():
-        text = encode_prompts(pipe.tokenizer, pipe.text_encoder, captions)
+        *text, empty = encode_prompts(pipe.tokenizer, pipe.text_encoder, [*captions, ""])
 
     def clips(walk: int) -> range:
         return range(walk * options.batch, (walk + 1) * options.batch)
@@ -93,16 +97,26 @@ def main() -> None:
 
     def prompts(walk: int) -> torch.Tensor:
         # 29 is prime to the number of captions, so that neighbours differ in everything
-        return text[[(29 * clip) % len(captions) for clip in clips(walk)]]
+        return torch.stack([text[(29 * clip) % len(captions)] for clip in clips(walk)])
 
-    walk = EdgeWalk(segments, noise, lambda index: bound(teacher, prompts(index)))
+    def leader(walk: int) -> Model:
+        without = bound(teacher, empty.expand(options.batch, -1, -1))
+        return guided(bound(teacher, prompts(walk)), without, options.guidance)
+
+    walk = EdgeWalk(segments, noise, leader)
     weights = KnowledgeWeights(output=options.output_weight, attention=options.attention_weight)
 
     def losses(model: nn.Module, numbers: Numbers) -> dict[str, torch.Tensor]:
         sample, points, target = walk.visit(numbers.step)
+        texts, given = prompts(numbers.step // len(segments)), segments.model_input(sample, points)
+        if options.guidance != 1:  # the student learns the conditional call
+            with torch.no_grad():
+                target = bound(teacher, texts)(*given)
         theirs = wanted.take()
-        call = bound(model, prompts(numbers.step // len(segments)))
-        output = call(*segments.model_input(sample, points))
+        call = bound(model, texts)
+        if plan.reuse is not None:
+            walk.renew(call, plan.reuse)
+        output = call(*given)
         return knowledge_losses(output, watched.take(), target, theirs, weights)
 
     config = TrainingConfig(
