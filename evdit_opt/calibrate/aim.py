@@ -10,6 +10,7 @@ from evdit_opt.calibrate.stage import Stage
 from evdit_opt.calibrate.trial import compare_runs, rehearse_and_keep
 from evdit_opt.models import Item
 from evdit_opt.plan import TrialRecord
+from evdit_opt.progress import track
 from evdit_opt.quality import compare
 
 __all__ = ["find_budget"]
@@ -48,7 +49,7 @@ def _least_within_floors(
     config = planner.config
     bad, good = CHEAPEST, 1.0
     explored = []
-    for _ in range(ROUNDS):
+    for _ in track(range(ROUNDS), "searching by quality", config.progress):
         budget = math.sqrt(bad * good)
         drafted = planner.likeliest(budget)
         missed: tuple[str, ...] = ("no plan is this cheap",)

@@ -16,9 +16,9 @@ from evdit_opt.calibrate.draft import Drafter
 from evdit_opt.calibrate.kept import Kept, purpose
 from evdit_opt.calibrate.kinds import Drafted, Kind, Planner, unfitted_errors
 from evdit_opt.calibrate.prices import Prices, kept_pairs
-from evdit_opt.calibrate.problem import Problem
+from evdit_opt.calibrate.problem import Found, Problem
 from evdit_opt.calibrate.record import Recording, record
-from evdit_opt.calibrate.refine import refined
+from evdit_opt.calibrate.refine import MOST_RUNS, refined
 from evdit_opt.calibrate.residual_memory import fit_residuals
 from evdit_opt.calibrate.stage import Stage, staged
 from evdit_opt.calibrate.survey import survey_attention
@@ -27,7 +27,7 @@ from evdit_opt.config import Config
 from evdit_opt.errors import AlreadyOptimizedError, CalibrationError, QualityFloorError
 from evdit_opt.models import Item, as_denoiser
 from evdit_opt.plan import Plan, TrialRecord
-from evdit_opt.progress import track
+from evdit_opt.progress import counting, track
 from evdit_opt.quality import compare
 
 __all__ = ["choose_kind", "make_plan", "make_problem"]
@@ -159,7 +159,14 @@ def choose_kind(
         run(kind, drafted)
     if planner.reuses and budget < 1.0:
         refining = Kind("reuse, refined", planner.likeliest)
-        refined(planner.problem, budget, lambda found: run(refining, planner.drafted(found)))
+        with counting("refining", MOST_RUNS, config.progress) as done:
+
+            def score(found: Found) -> float:
+                value = run(refining, planner.drafted(found))
+                done()
+                return value
+
+            refined(planner.problem, budget, score)
     if not tried:
         return None, None
     tried.sort(key=lambda one: one[2].score)

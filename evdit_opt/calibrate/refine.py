@@ -12,7 +12,7 @@ from itertools import pairwise
 from evdit_opt.calibrate.problem import Found, Problem
 from evdit_opt.calibrate.reuse_search import evenly, with_rule
 
-__all__ = ["refined"]
+__all__ = ["MOST_RUNS", "refined"]
 
 GROUPS = 6
 """Groups of neighbouring sites whose rules are tried together."""
@@ -22,6 +22,9 @@ SWEEPS = 2
 
 BETTER = 0.98
 """A change is kept that brings the score to this share of it, or below."""
+
+MOST_RUNS = 2 * (1 + 2 * GROUPS * SWEEPS)
+"""Plans that are run at most, in practice less than half as many."""
 
 Score = Callable[[Found], float]
 
@@ -35,8 +38,7 @@ def refined(problem: Problem, budget: float, score: Score) -> tuple[Found, float
     Args:
         problem: what is known.
         budget: bound on ``Found.price``.
-        score: runs a plan; the less the better. It is called at most
-            ``2 * (1 + 2 * GROUPS * SWEEPS)`` times, in practice less than half as often.
+        score: runs a plan; the less the better. Called at most ``MOST_RUNS`` times.
 
     Returns:
         None if the budget or the memory allows no such plan.
