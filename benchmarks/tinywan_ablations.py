@@ -91,9 +91,6 @@ ARMS: dict[str, Arm] = {
     "huber": _consistency("pseudo-Huber loss, c = 0.03", "--huber", "0.03"),
     "average": _consistency("moving average of the weights, 0.98", "--average", "0.98"),
     "unfolded": _consistency("guidance left to the call", "--guidance", "1", guided=True),
-    "all-teacher-steps": _consistency(
-        "all teacher steps from the beginning", "--first-teacher-steps", "9"
-    ),
     "segments-2": _consistency("2 segments", segments=2),
     "segments-4": _consistency("4 segments", segments=4),
     "segments-16": _consistency("16 segments", segments=16),
@@ -105,6 +102,8 @@ ARMS: dict[str, Arm] = {
     "output-only": _knowledge("output 1, attention 0", "--attention-weight", "0"),
     "attention-only": _knowledge("output 0, attention 0.1", "--output-weight", "0"),
     "more-attention": _knowledge("output 1, attention 1", "--attention-weight", "1"),
+    "changes": _knowledge("frame differences 1, too", "--difference-weight", "1"),
+    "more-changes": _knowledge("frame differences 4, too", "--difference-weight", "4"),
     "unweighted-mask": Arm("2,1,none, untrained", "knowledge", start=STUDENT, plan="2,1,none"),
     "unweighted": _knowledge("2,1,none: output 1, attention 0.1", plan="2,1,none"),
     "found": Arm("calibrated plan, density 0.40, untrained", "reuse", start=STUDENT, plan=FOUND),
@@ -155,6 +154,7 @@ def weights_of(start: str | Path | None, options: argparse.Namespace) -> Path | 
     found: Path = folder / "student.safetensors"
     done = folder / "trained"
     if not done.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         script, *given = arm.train
         command = [sys.executable, "-m", f"benchmarks.tinywan_{script}", "--folder", str(folder)]
         command += ["--segments", str(arm.segments), *given]
@@ -165,7 +165,6 @@ def weights_of(start: str | Path | None, options: argparse.Namespace) -> Path | 
             command += ["--latents", str(options.latents)]
         if arm.plan is not None:
             plan = plan_of(arm)
-            folder.mkdir(parents=True, exist_ok=True)
             if isinstance(arm.plan, str) and arm.plan != "reuse":
                 command += ["--rule", arm.plan]
             else:

@@ -66,6 +66,10 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-4)
     parser.add_argument("--output-weight", type=float, default=1.0)
     parser.add_argument("--attention-weight", type=float, default=0.1)
+    parser.add_argument(
+        "--difference-weight", type=float, default=0.0,
+        help="of the squared error of the output's differences from frame to frame",
+    )  # fmt: skip
     parser.add_argument("--folder", type=Path, default=Path("runs/tinywan/knowledge"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cost", action="store_true", help="measure the cost of a step instead")
@@ -117,7 +121,10 @@ def main() -> None:
         if plan.reuse is not None:
             walk.renew(call, plan.reuse)
         output = call(*given)
-        return knowledge_losses(output, watched.take(), target, theirs, weights)
+        found = knowledge_losses(output, watched.take(), target, theirs, weights)
+        changes = (output - target).diff(dim=2).square().mean()
+        loss = found["loss"] + options.difference_weight * changes
+        return {**found, "changes": changes.detach(), "loss": loss}
 
     config = TrainingConfig(
         steps=options.steps,

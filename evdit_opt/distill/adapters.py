@@ -13,7 +13,25 @@ from torch import nn
 from evdit_opt.errors import DistillationError
 from evdit_opt.whole_file import whole_file
 
-__all__ = ["add_lora", "load_weights", "save_weights", "trained_weights"]
+__all__ = ["LARGE", "add_lora", "load_weights", "lora_rank_for", "save_weights", "trained_weights"]
+
+LARGE = 1_000_000_000
+"""Numbers in a model from which on adapters are trained, unless told otherwise."""
+
+USUAL_RANK = 32
+
+
+def lora_rank_for(model: nn.Module, wanted: int | str | None) -> int | None:
+    """The rank of the adapters that are trained; None: all weights are.
+
+    Args:
+        model: as it was loaded.
+        wanted: a rank, None, or "auto" for adapters in large models.
+    """
+    if wanted == "auto":
+        return USUAL_RANK if sum(v.numel() for v in model.parameters()) >= LARGE else None
+    assert not isinstance(wanted, str), "checked by FinetuneConfig"
+    return wanted
 
 
 def add_lora(model: nn.Module, rank: int, modules: Sequence[str], seed: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from evdit_opt.distill.encode import VideoData
 from evdit_opt.distill.knowledge import KnowledgeWeights
@@ -38,7 +38,9 @@ class FinetuneConfig:
         huber: c of the pseudo-Huber loss; None: squares.
         weights: terms of the knowledge loss.
         attention_only: train only the plan's sites in the last stage.
-        lora_rank: train adapters of this rank; None: all weights.
+        lora_rank: train adapters of this rank; None: all weights. "auto": adapters of rank 32 for
+            models of a billion numbers and more, whose weights, gradients and optimizer would take
+            16 GB a billion in float32; all weights of smaller ones.
         lora_modules: names of the linear layers that get adapters.
         clips: latents the teacher makes from the prompts, ``full_steps`` steps each, where no
             ``latents`` or ``data`` are given. Consistency distillation draws from them.
@@ -60,7 +62,7 @@ class FinetuneConfig:
     huber: float | None = None
     weights: KnowledgeWeights = field(default_factory=KnowledgeWeights)
     attention_only: bool = False
-    lora_rank: int | None = None
+    lora_rank: int | Literal["auto"] | None = "auto"
     lora_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     clips: int = 64
     latents: Path | None = None
@@ -84,8 +86,11 @@ class FinetuneConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise DistillationError(f"expected {name} to be an integer above 0, got {value!r}")
-        if self.lora_rank is not None and (type(self.lora_rank) is not int or self.lora_rank < 1):
-            raise DistillationError(f"expected lora_rank above 0 or none, got {self.lora_rank!r}")
+        rank = self.lora_rank
+        if rank not in (None, "auto") and (type(rank) is not int or rank < 1):
+            raise DistillationError(
+                f"expected lora_rank to be an integer above 0, 'auto' or none, got {rank!r}"
+            )
         if self.huber is not None and not self.huber > 0:
             raise DistillationError(f"expected huber above 0 or none, got {self.huber!r}")
         sparse = "search" in self.stages[: self._place("consistency")] if learns else False

@@ -19,7 +19,7 @@ from torch import nn
 from evdit_opt import apply
 from evdit_opt.calibrate.make import make_plan
 from evdit_opt.config import Config
-from evdit_opt.distill.adapters import add_lora, load_weights, save_weights
+from evdit_opt.distill.adapters import add_lora, load_weights, lora_rank_for, save_weights
 from evdit_opt.distill.conditions import Conditions
 from evdit_opt.distill.config import FinetuneConfig
 from evdit_opt.distill.data import LatentShards, teacher_latents
@@ -86,6 +86,7 @@ class Finetuning:
         teacher: a frozen copy of it as it came.
         plan: of the search stage, once it is done.
         trained: how many numbers are trained.
+        config: as given, with the rank of the adapters decided.
     """
 
     def __init__(
@@ -96,8 +97,7 @@ class Finetuning:
         steps: int,
         search: Config,
     ) -> None:
-        self.pipe, self.prompts, self.config, self.steps = pipe, tuple(prompts), config, steps
-        self.search = search
+        self.pipe, self.prompts, self.steps, self.search = pipe, tuple(prompts), steps, search
         self.model: nn.Module = denoiser_of(pipe)
         if self.model is pipe:
             raise DistillationError("expected a diffusers pipeline to fine-tune, got a module")
@@ -113,6 +113,7 @@ class Finetuning:
                 "got true: computing a refresh again would write them again; set it to false, or "
                 "search with reuse=False"
             )
+        self.config = replace(config, lora_rank=lora_rank_for(self.model, config.lora_rank))
         # Before anything is loaded or trained: an impossible schedule is the first thing to know.
         self.few = FewStepScheduler(
             pipe.scheduler,
@@ -123,8 +124,10 @@ class Finetuning:
         )
         self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.model.eval().requires_grad_(True)
-        if config.lora_rank is not None:
-            add_lora(self.model, config.lora_rank, config.lora_modules, config.seed)
+        if self.config.lora_rank is not None:
+            rank = int(self.config.lora_rank)
+            logger.info("training adapters of rank %d", rank)
+            add_lora(self.model, rank, config.lora_modules, config.seed)
         self.trainable = [n for n, p in self.model.named_parameters() if p.requires_grad]
         self.plan: Plan | None = None
 

@@ -36,12 +36,14 @@ def save_finetuned(
 ) -> Plan | None:
     """Write a fine-tuned denoiser, its schedule and its plan; returns the plan with the record."""
     folder.mkdir(parents=True, exist_ok=True)
+    rank = config.lora_rank or 0
+    assert rank != "auto", "decided before training"
     record = FinetuneRecord(
         steps=scheduler.config.steps,
         full_steps=scheduler.config.full_steps,
         time_shift=float(scheduler.config.time_shift),
-        lora_rank=0 if config.lora_rank is None else config.lora_rank,
-        lora_modules=() if config.lora_rank is None else config.lora_modules,
+        lora_rank=rank,
+        lora_modules=config.lora_modules if rank else (),
         weights_sha256=save_weights(model, folder / WEIGHTS),
     )
     if plan is not None:

@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 from evdit_opt.demo.tinywan import build_transformer
-from evdit_opt.distill.adapters import add_lora, load_weights, save_weights, trained_weights
+from evdit_opt.distill.adapters import (
+    LARGE,
+    add_lora,
+    load_weights,
+    lora_rank_for,
+    save_weights,
+    trained_weights,
+)
 from evdit_opt.errors import DistillationError
 
 
@@ -56,6 +63,24 @@ def test_adapters_begin_the_same_for_a_seed_and_leave_torchs_alone() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
     for name, value in trained_weights(one).items():
         assert torch.equal(value, trained_weights(two)[name])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "wanted", "rank"),
+    [
+        (LARGE, "auto", 32),
+        (LARGE - 1, "auto", None),
+        (LARGE, None, None),
+        (LARGE, 4, 4),
+        (100, 4, 4),
+    ],
+)
+def test_large_models_get_adapters_unless_told_otherwise(
+    numbers: int, wanted: int | str | None, rank: int | None
+) -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.empty(numbers, device="meta"))
+    assert lora_rank_for(model, wanted) == rank
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
