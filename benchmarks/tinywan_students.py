@@ -3,6 +3,7 @@
     python -m evdit_opt.demo.evaluate --pairs 64 --steps 50       # the teacher's clips
     python -m benchmarks.tinywan_students --teacher runs/tinywan/evaluation/FOLDER
     python -m benchmarks.tinywan_students --quote
+    python -m benchmarks.tinywan_students --teacher ... --pictures       # of clips made before
 
 Every variant makes the same clips (prompts and noise) as the teacher; all are compared as 8-bit
 video. Density is the mean over sites and steps, a refresh counts the dense attention and the mask.
@@ -27,6 +28,7 @@ from evdit_opt.config import Config
 from evdit_opt.demo.clips import HELD_OUT, TRAINED, evaluation_pairs
 from evdit_opt.demo.detect import caption_accuracy
 from evdit_opt.demo.evaluate import generate
+from evdit_opt.demo.render import write_side_by_side
 from evdit_opt.demo.tinywan import TINYWAN_CALL, load_tinywan
 from evdit_opt.masks import Rule
 from evdit_opt.plan import Plan
@@ -37,9 +39,11 @@ from evdit_opt.versions import installed_versions
 
 OUTPUT = Path("benchmarks/results/cpu/few_step_students.json")
 PAGE = Path("docs/few_steps.md")
+PICTURES = Path("docs/few_steps")
 SHIPPED = Path("benchmarks/students")
 BLOCK = re.compile(r"(<!-- students: .*? -->\n).*?(<!-- /students -->)", re.DOTALL)
 BATCH = 4
+SHOWN = 4
 CALIBRATION_PROMPTS = 6
 
 
@@ -111,6 +115,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/tinywan/students"))
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--quote", action="store_true", help="put the result into the page")
+    parser.add_argument("--pictures", action="store_true", help="show clips side by side instead")
     options = parser.parse_args()
     if options.quote:
         PAGE.write_text(quote(PAGE.read_text(), json.loads(options.output.read_text())))
@@ -119,6 +124,9 @@ def main() -> None:
         parser.error("expected --teacher, or --quote")
     pairs = evaluation_pairs(options.clips)
     reference = teacher_clips(options.teacher, options.clips)
+    if options.pictures:
+        show(options, pairs, reference)
+        return
     prompts = [label.caption() for _, label in pairs]
     rows: list[dict[str, Any]] = [
         measure("teacher", 100, 1.0, reference, reference, prompts) | {"steps": 50}
@@ -144,6 +152,28 @@ def main() -> None:
         # after every variant: an interrupted evaluation has what it has
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def show(options: argparse.Namespace, pairs: Any, teacher: list[np.ndarray]) -> None:
+    """Write the clips of a few variants side by side, of the first unseen captions."""
+    chosen = [n for n, (_, label) in enumerate(pairs) if label in HELD_OUT][:SHOWN]
+    titles = {
+        "consistency student": "student, 6 calls",
+        f"+ {options.rule}, not trained": "static mask",
+        f"+ {options.rule}, distilled": "static mask, distilled",
+        f"+ calibrated for density {options.calibrated[-1]:g}": "calibrated plan",
+    }
+    rows = {"50 guided steps, 100 calls": teacher}
+    for variant in variants(options):
+        if variant.name in titles:
+            title = f"{titles[variant.name]}, density {variant.density:.2f}"
+            rows[title] = made(variant, pairs, options.work)
+    floats = {
+        title: [clips[n].astype(np.float32) / 255 for n in chosen] for title, clips in rows.items()
+    }
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    video, _ = write_side_by_side(PICTURES, floats, [pairs[n][1].caption() for n in chosen])
+    video.unlink()  # the page shows the other one
 
 
 def teacher_clips(folder: Path, count: int) -> list[np.ndarray]:
