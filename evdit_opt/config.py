@@ -49,7 +49,7 @@ class Config:
         threshold: r of Algorithm 1: the largest relative error of a site's attention output,
             ``||sparse - dense|| / ||dense||``, at which a rule is accepted. No unit. Larger is
             faster and further from the dense video.
-            Decides how sparse a plan is only where none of the next five is given: kinds of plan
+            Decides how sparse a plan is only where none of the next six is given: kinds of plan
             are then compared at the lowest density at which some plan keeps it at every site.
         density: kept share of token pairs, mean over sites and steps, 0 to 1, to search for.
         speedup: how many times faster the mean forward of a run is to be, by milliseconds measured
@@ -58,7 +58,8 @@ class Config:
             floors in ``QUALITIES``. With ``density`` or ``speedup``: floors only.
         min_psnr: quality floor in dB: mean PSNR of clips to their dense twins. Without ``density``
             and ``speedup`` the sparsest plan that keeps it is searched, on calibration clips; all
-            floors are checked on the verified clips, and missing one backs off towards dense.
+            floors are checked on the verified clips, and missing one backs off towards dense. No
+            floor can be given for a module, which makes no clips.
         min_ssim: quality floor: mean SSIM of the clips, -1 to 1.
         max_flicker_ratio: quality bound: mean ratio of background flicker to that of the dense
             clip, no unit.
@@ -86,7 +87,8 @@ class Config:
         trial_prompts: how many calibration prompts (or calls) every candidate plan is run on, end
             to end, to choose between weightings and between searched and uniform masks.
         verify_prompts: how many of the given prompts (the last ones) are kept from the search, to
-            measure quality on. 0 skips verification, and the plan then carries no quality.
+            measure quality on. 0 skips verification, and the plan then carries no quality; not
+            together with a floor.
         seed: seed of the first run's noise; run n uses ``seed + n``.
         max_distinct_rules: different rules a plan may hold. Dynamo makes one graph per rule when
             blocks are compiled one by one, and gives up after 8.
@@ -165,6 +167,8 @@ class Config:
             _require_number("min_ssim", self.min_ssim, -1.0, 1.0)
         if self.max_flicker_ratio is not None:
             _require_number("max_flicker_ratio", self.max_flicker_ratio, 0.0)
+        if self.has_floors and self.verify_prompts == 0:
+            raise _wrong("verify_prompts", "1 or more where a quality floor is given", 0)
         _require_one_of("impl", self.impl, IMPLEMENTATIONS)
         if problem := wrong_inner(self.inner, "Config.inner"):
             raise CalibrationError(problem)

@@ -33,6 +33,8 @@ __all__ = [
 
 USUAL_STEPS = 50
 """To ask a pipeline for: a scheduler for few steps refuses less than its own number."""
+OWN_ARGUMENTS = frozenset({"prompt", "num_inference_steps", "generator"})
+"""What every run of a pipeline is given its own of."""
 Item = Any  # a prompt (str) for a pipeline, the kwargs of one forward for a module
 
 
@@ -224,9 +226,15 @@ def _pipeline_denoiser(
                 f"expected prompts to be strings, prompt {index} is {type(prompt).__name__}"
             )
     accepted = inspect.signature(pipe.__call__).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     unknown = sorted(set(pipe_kwargs) - set(accepted))
-    if unknown:
+    if unknown and not takes_any:
         raise CalibrationError(f"{type(pipe).__name__} takes no argument {', '.join(unknown)}")
+    if own := sorted(OWN_ARGUMENTS & set(pipe_kwargs)):
+        raise CalibrationError(
+            f"expected pipeline arguments without {', '.join(own)}, which every run gets its own "
+            "of: give prompts as such, Config(calib_steps=...) and Config(seed=...)"
+        )
 
     def run(prompt: Item, seed: int, steps: int) -> torch.Tensor:
         generator = torch.Generator("cpu").manual_seed(seed)

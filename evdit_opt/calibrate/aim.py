@@ -37,7 +37,7 @@ def find_budget(
         return config.density, ()
     if clock is not None and config.speedup is not None:
         return clock.budget(config.speedup), ()
-    if config.has_floors and stage.denoiser.makes_video:
+    if config.has_floors:
         return _least_within_floors(stage, planner, items)
     return planner.budget_within_threshold(), ()
 

@@ -4,7 +4,7 @@ Static masks, per weighting searched site by site or uniform, and reuse of resid
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from evdit_opt.calibrate.damage import damage_of
@@ -119,11 +119,18 @@ class Planner:
         return [*static, even, searched] if self.reuses else static
 
     def worth_trying(self, budget: float) -> list[tuple[Kind, Drafted]]:
-        """A plan per kind, without those that equal another, or are predicted to be far worse."""
+        """A plan per kind, without those that equal another, or are predicted to be far worse.
+
+        None is dearer than the budget, unless there is nothing that cheap: then the cheapest.
+        """
         if budget >= 1.0:
             return []  # dense attention is affordable everywhere
-        drafted = [(kind, kind.at(budget)) for kind in self.kinds()]
-        found = [(kind, own) for kind, own in drafted if own is not None and own.plan.rules]
+        drafted = self._sparse(budget)
+        found = _within(drafted, budget)
+        if not found and self.reuses:
+            least = 1.0 / len(self.recording.levels)  # one refresh, then nothing but its outputs
+            found = _within(self._sparse(least), least)
+        found = found or drafted
         least = min((own.damage for _, own in found), default=0.0)
         distinct: dict[str, tuple[Kind, Drafted]] = {}
         for kind, own in found:
@@ -131,15 +138,34 @@ class Planner:
                 distinct.setdefault(own.plan.fingerprint(), (kind, own))
         return list(distinct.values())
 
+    def _sparse(self, budget: float) -> list[tuple[Kind, Drafted]]:
+        """What every kind makes of a budget; static kinds may know nothing that cheap."""
+        drafted = [(kind, kind.at(budget)) for kind in self.kinds()]
+        return [(kind, own) for kind, own in drafted if own is not None and own.plan.rules]
+
     def likeliest(self, budget: float) -> Drafted | None:
         """The plan within a budget that is predicted to do the least damage."""
         drafted = [own for _, own in self.worth_trying(budget)]
         return min(drafted, key=lambda own: own.damage, default=None)
 
-    def all_dense(self) -> Plan:
-        """The plan where no rule is good enough, with what every rule would cost."""
+    def all_dense(self, budget: float = 0.0) -> Plan:
+        """The plan where no rule is good enough, with what every rule would cost.
+
+        Args:
+            budget: 1 and more: dense attention is all that was asked for, or that kept the floors.
+        """
         errors = self.problem.errors
-        return self.drafter.draft(dict.fromkeys(errors), errors, self.config.threshold)
+        plan = self.drafter.draft(dict.fromkeys(errors), errors, self.config.threshold)
+        config = self.config
+        if budget < 1.0 or not any(errors.values()):
+            return plan
+        if config.density is not None or config.speedup is not None:
+            reason = "dense: that is all that was asked for"
+        elif config.has_floors:
+            reason = "dense: no cheaper plan kept the quality floor"
+        else:
+            return plan
+        return replace(plan, sites=tuple(replace(site, reason=reason) for site in plan.sites))
 
     def _static(self, budget: float, weighting: Weighting, uniform: bool) -> Drafted:
         limit, prices = self.config.max_distinct_rules, self.prices
@@ -189,6 +215,10 @@ class Planner:
         steps = max(1, len(self.recording.levels))
         chosen = [own for own in choice.values() if own is not None]
         return steps * sum(damage_of(own.output**2, own.temporal**2) for own in chosen)
+
+
+def _within(drafted: list[tuple[Kind, Drafted]], budget: float) -> list[tuple[Kind, Drafted]]:
+    return [(kind, own) for kind, own in drafted if own.price <= budget * (1 + 1e-6)]
 
 
 def unfitted_errors(errors: Errors) -> Errors:

@@ -89,6 +89,11 @@ def make_plan(
             f"{config.verify_prompts} are held out to measure quality on), got "
             f"{len(denoiser.items)}; give more, or lower Config.verify_prompts"
         )
+    if config.has_floors and not denoiser.makes_video:
+        raise CalibrationError(
+            "expected no quality floor for a module, which makes no clips to judge; give its "
+            "pipeline, or Config(density=...)"
+        )
     kept = Kept()
     if keep_in is not None:
         kept = Kept(Path(keep_in), purpose(target, denoiser, config))
@@ -111,10 +116,22 @@ def make_plan(
         budget, explored = find_budget(stage, planner, clock, rehearsed)
         kind, drafted = choose_kind(stage, planner, budget, rehearsed)
     if kind is None or drafted is None:
-        return planner.all_dense()
+        plan = planner.all_dense(budget)
+        return replace(plan, calibration=replace(plan.calibration, explored=explored))
+    _tell_missed(config, budget, drafted)
     found = replace(drafted.plan.calibration, explored=explored)
     drafted = replace(drafted, plan=replace(drafted.plan, calibration=found))
     return _verify(drafter, kind, drafted, clock, searched, kept)
+
+
+def _tell_missed(config: Config, budget: float, drafted: Drafted) -> None:
+    asked = f"density {config.density}" if config.speedup is None else f"speedup {config.speedup}"
+    if asked != "density None" and drafted.price > budget * (1 + 1e-6):
+        logger.warning(
+            "%s is out of reach: it allows a price of %.3f of dense attention, the cheapest plan "
+            "that was found has %.3f",
+            asked, budget, drafted.price,
+        )  # fmt: skip
 
 
 def make_problem(

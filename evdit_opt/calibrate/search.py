@@ -60,9 +60,9 @@ def threshold_for_budget(
 ) -> float:
     """The smallest threshold whose choice has a mean price of at most ``budget``.
 
-    If even the loosest threshold stays dearer, that one is returned.
+    If even the loosest threshold stays dearer, that one is returned; 0 if there are no candidates.
     """
-    levels = sorted({c.output for candidates in errors.values() for c in candidates})
+    levels = sorted({c.output for candidates in errors.values() for c in candidates}) or [0.0]
     low, high = 0, len(levels) - 1
     while low < high:
         middle = (low + high) // 2

@@ -34,16 +34,11 @@ class Pretended:
 
     config: Config
     error: float = 0.01
-    makes_video: bool = True
     kept: Kept = field(default_factory=Kept)
 
     @property
     def recording(self) -> Any:
         return SimpleNamespace(results=[CLIP, CLIP])
-
-    @property
-    def denoiser(self) -> Any:
-        return SimpleNamespace(makes_video=self.makes_video)
 
     def budget_within_threshold(self) -> float:
         return 0.77
@@ -82,10 +77,6 @@ def test_a_speedup_goes_by_the_clock() -> None:
 
 def test_nothing_given_means_the_threshold() -> None:
     assert budget(Pretended(Config())) == 0.77
-
-
-def test_a_module_has_no_clips_to_judge() -> None:
-    assert budget(Pretended(Config(min_psnr=30.0), makes_video=False)) == 0.77
 
 
 @pytest.mark.parametrize("psnr", [24.0, 30.0, 36.0])
