@@ -218,12 +218,12 @@ def noise_level(arguments: Mapping[str, Any], timestep: str) -> float:
     if value is None:
         raise UnsupportedInputError(
             f"expected the noise level in the argument {timestep!r} of the model's forward, got a "
-            "call without it; this plan reuses residuals by noise level"
+            "call without it; reused residuals belong to a level (Config(reuse=False) does without)"
         )
     levels = value.reshape(-1).tolist() if isinstance(value, Tensor) else [value]
     if not levels or any(level != levels[0] for level in levels):
         raise UnsupportedInputError(
-            f"expected one noise level for the whole batch in {timestep!r}, got {levels[:4]}; this "
-            "plan reuses residuals, which belong to one step"
+            f"expected one noise level for the whole batch in {timestep!r}, got {levels[:4]}; "
+            "residuals that are reused belong to one step (Config(reuse=False) does without)"
         )
     return float(levels[0])

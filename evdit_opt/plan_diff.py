@@ -61,6 +61,7 @@ def _whole(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "refresh levels", ", ".join(levels) or "none"
     trend = [] if reuse is None else [f"{p.damping!r} at {p.level!r}" for p in reuse.trend]
     yield "trend", ", ".join(trend) or "none"
+    yield "fine-tuning", "none" if plan.finetune is None else str(plan.finetune)
     yield "precision of residuals", "none" if reuse is None else reuse.precision
 
 

@@ -10,9 +10,13 @@ from evdit_opt.grid import VideoGrid
 from evdit_opt.masks import Rule
 from evdit_opt.plan import Plan, SiteLayout
 from evdit_opt.plan_diff import Difference, plan_differences
+from evdit_opt.plan_records import FinetuneRecord
 from tests.plans import PLAN, plans
 
 FIRST, SECOND = PLAN.sites
+TUNED = FinetuneRecord(
+    steps=6, full_steps=50, time_shift=1.0, lora_rank=0, lora_modules=(), weights_sha256="00"
+)
 
 
 @given(plans, plans)
@@ -43,6 +47,7 @@ def test_the_other_way_round_is_the_same_backwards(one: Plan, other: Plan) -> No
         ({"sites": (FIRST,)}, 1, "site"),
         ({"reuse": None}, 0, "reuse"),
         ({"min_tokens": 65}, None, "min_tokens"),
+        ({"finetune": TUNED}, None, "fine-tuning"),
         ({"grid": VideoGrid(8, 4, 6)}, None, "grid"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -28,7 +28,7 @@ from evdit_opt.passes.observe_attention import observe
 from evdit_opt.plan import SpeedRecord
 from evdit_opt.timing import interleaved_ms
 
-__all__ = ["Clock", "measure_clock"]
+__all__ = ["Clock", "device_name", "measure_clock"]
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def measure_clock(drafter: Drafter, recording: Recording) -> Clock:
             rules={name: _rule_prices(found, spared, unit) for name, found in own.items()},
         ),
         sites=len(own),
-        device=_name(device),
+        device=device_name(device),
     )
 
 
@@ -168,7 +168,7 @@ def _two_steps(drafter: Drafter) -> tuple[dict[str, Any], dict[str, Any] | None]
     calls: list[dict[str, Any]] = []
     with watched(denoiser.model, calls.append):
         denoiser.run(denoiser.items[0], 0, 2)
-    if calls[0].get(TIMESTEP) is None:
+    if not drafter.config.reuse or calls[0].get(TIMESTEP) is None:
         return calls[0], None
     generations = Generations(drafter.survey.grid_source.input, TIMESTEP)
     owners = [generations.begin(call) for call in calls]
@@ -236,7 +236,8 @@ def _forward(model: torch.nn.Module, call: Mapping[str, Any]) -> Callable[[], ob
     return run
 
 
-def _name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What was timed on, for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"

@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,15 +75,26 @@ class Kept:
         return result
 
     def save(self, name: str, tensors: Mapping[str, Tensor], facts: object = None) -> None:
-        """Keep tensors and JSON by a name, in the place of what was kept by it."""
+        """Keep tensors and JSON by a name, in the place of what was kept by it.
+
+        Raises:
+            CalibrationError: if the disk does not take it.
+        """
         if self._folder is None:
             return
         from safetensors.torch import save
 
-        self._folder.mkdir(exist_ok=True)
-        self._take_up(self._folder)  # somebody who began at the same time may have been quicker
         own = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        _write(self._file(name), save(own, {"facts": json.dumps(facts)}))
+        content = save(own, {"facts": json.dumps(facts)})
+        try:
+            self._folder.mkdir(exist_ok=True)
+            self._take_up(self._folder)  # somebody who began at the same time may have been quicker
+            _write(self._file(name), content)
+        except OSError as error:
+            raise CalibrationError(
+                f"expected to keep a finished run in {self._folder}: {error}; what is there "
+                "already stays, and calibration goes on from it once this is mended"
+            ) from error
 
     def load(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
         """The tensors and the JSON kept by a name; None if there are none.
@@ -188,6 +200,8 @@ def _sampled(tensor: Any) -> list[Any]:
 def _described(value: Any) -> Any:
     if isinstance(value, Tensor):
         return [list(value.shape), str(value.dtype), _bytes(value.detach())]
+    if hasattr(value, "__array_interface__"):  # arrays and pictures, such as a first frame
+        return _described(torch.from_numpy(np.array(value)))
     if isinstance(value, Mapping):
         return {str(key): _described(own) for key, own in value.items()}
     if isinstance(value, (list, tuple)):

@@ -11,9 +11,10 @@ import torch
 
 from evdit_opt.apply import is_optimized
 from evdit_opt.calibrate.aim import find_budget
-from evdit_opt.calibrate.clock import Clock, measure_clock
+from evdit_opt.calibrate.clock import Clock, device_name, measure_clock
 from evdit_opt.calibrate.draft import Drafter
 from evdit_opt.calibrate.kept import Kept, purpose
+from evdit_opt.calibrate.kept_clock import kept_clock
 from evdit_opt.calibrate.kinds import Drafted, Kind, Planner, unfitted_errors
 from evdit_opt.calibrate.prices import Prices, kept_pairs
 from evdit_opt.calibrate.problem import Found, Problem
@@ -107,7 +108,10 @@ def make_plan(
     with staged(denoiser, survey.layouts, survey.scoped) as stage:
         recording = record(stage, searched_items, config, survey.grid_source.input, kept)
     # Compiled models are timed without the stage.
-    clock = None if config.speedup is None else measure_clock(drafter, recording)
+    clock = None
+    if config.speedup is not None:
+        device = device_name(next(denoiser.model.parameters()).device)
+        clock = kept_clock(kept, config, device, partial(measure_clock, drafter, recording))
     prices = kept_pairs(recording.errors, recording.reuse) if clock is None else clock.prices
     problem = make_problem(recording, prices, config, denoiser.model)
     planner = Planner(drafter, recording, problem)

@@ -42,7 +42,7 @@ def draw_mass(path: Path, measured: Measurement) -> Path:
     figure.colorbar(image, ax=axes, shrink=0.6, label="share of a query's attention")
     figure.suptitle("attention by query frame (down) and key frame (across)", fontsize=9)
     _draw_repeats(below.subplots(), measured)
-    whole.savefig(path, dpi=150)
+    whole.savefig(path, dpi=150, format="png")  # whatever the file is called while it is written
     pyplot.close(whole)
     return path
 

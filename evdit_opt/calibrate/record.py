@@ -62,7 +62,7 @@ def record(
         CalibrationError: if a site was never reached.
     """
     denoiser = stage.denoiser
-    steps = Steps(denoiser, video)
+    steps = Steps(denoiser, video, needed=config.reuse)
     reuse = steps.timed and config.reuse
     sites = {
         name: SiteRecord(

@@ -10,6 +10,7 @@ from evdit_opt.grid import VideoGrid
 from evdit_opt.models import Item, as_denoiser, config_hash, first_call
 from evdit_opt.passes.video_input import bind_arguments
 from evdit_opt.plan import Plan
+from evdit_opt.progress import track
 from evdit_opt.quality import compare
 
 __all__ = ["called_grid", "verify_plan"]
@@ -35,7 +36,7 @@ def verify_plan(target: object, items: Iterable[Item], config: Config, plan: Pla
     Args:
         target: a diffusers video pipeline, or an ``nn.Module``.
         items: prompts, or calls; best none that the plan was calibrated on.
-        config: ``calib_steps``, ``seed``, ``impl`` and ``pipe_kwargs`` count.
+        config: ``calib_steps``, ``seed``, ``impl``, ``progress`` and ``pipe_kwargs`` count.
         plan: of this model, at the grid of these calls.
 
     Raises:
@@ -49,7 +50,8 @@ def verify_plan(target: object, items: Iterable[Item], config: Config, plan: Pla
         )
     denoiser = as_denoiser(target, items, config.pipe_kwargs)
     dense = [
-        denoiser.run(item, config.seed + n, config.calib_steps) for n, item in enumerate(items)
+        denoiser.run(item, config.seed + n, config.calib_steps)
+        for n, item in enumerate(track(items, "dense", config.progress))
     ]
     sparse = run_with_plan(denoiser, plan, items, config)
     found = replace(plan.calibration, held_out_error=mean_error(sparse, dense))

@@ -15,8 +15,10 @@ from evdit_opt.commands.common import (
     given,
     only_result_on_stdout,
     or_exit,
+    require_prompts_used,
     require_writable,
     write_json,
+    writing,
 )
 from evdit_opt.commands.summary import summary
 from evdit_opt.errors import CalibrationError, QualityFloorError
@@ -105,6 +107,12 @@ def calibrate(
     """
     if sum(value is not None for value in (density, speedup, threshold)) > 1:
         raise typer.BadParameter("give one of --density, --speedup and --threshold")
+    floors = (quality, min_psnr, min_ssim, max_flicker)
+    if threshold is not None and any(value is not None for value in floors):
+        raise typer.BadParameter(
+            "--threshold goes by the layers, --quality, --min-psnr, --min-ssim and --max-flicker "
+            "by the clips: give one or the other"
+        )
     settings = given(
         density=density,
         speedup=speedup,
@@ -135,7 +143,8 @@ def calibrate(
         texts = [*read_prompts(prompts), *(prompt or ())]
         with only_result_on_stdout():
             plan = _make(pipeline, texts, settings, call, device, dtype, out, unfinished)
-            plan.save(out)
+            with writing(out):
+                plan.save(out)
             remove_kept(unfinished)
         if as_json:
             told = {"out": str(out), **summary(plan)}
@@ -193,6 +202,8 @@ def _make(
             f"expected what a model really gets, {pipeline} is a transformer that only random "
             "inputs can be made for; give its pipeline, or module:factory with calls"
         )
+    if texts:
+        require_prompts_used(pipeline, found.items)
     config = replace(config, pipe_kwargs=found.pipe_kwargs)
     try:
         return make_plan(found.target, found.items, config, keep_in=unfinished)

@@ -3,8 +3,9 @@
 import contextlib
 import enum
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,9 +22,11 @@ __all__ = [
     "given",
     "only_result_on_stdout",
     "or_exit",
+    "require_prompts_used",
     "require_writable",
     "tell_error",
     "write_json",
+    "writing",
 ]
 
 MODEL_HELP = (
@@ -93,6 +96,31 @@ def require_writable(out: Path) -> None:
     """
     if not out.parent.is_dir() or out.is_dir():
         raise UnsupportedInputError(f"expected a file to write in a folder there is, got {out}")
+    if not os.access(out.parent, os.W_OK):
+        raise UnsupportedInputError(f"expected a folder that may be written to, got {out.parent}")
+
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """The block writes ``out``.
+
+    Raises:
+        UnsupportedInputError: if the disk does not take it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UnsupportedInputError(f"expected to write {out}: {error}") from error
+
+
+def require_prompts_used(name: str, items: Sequence[Any]) -> None:
+    """Refuse prompts for a model that comes with calls: nothing would look at them.
+
+    Raises:
+        UnsupportedInputError: if ``items``, what ``name`` is run on, are no prompts.
+    """
+    if items and not isinstance(items[0], str):
+        raise UnsupportedInputError(f"expected no prompts: {name} comes with calls of its own")
 
 
 def write_json(value: dict[str, Any]) -> None:

@@ -16,8 +16,11 @@ from evdit_opt.commands.common import (
     given,
     only_result_on_stdout,
     or_exit,
+    require_prompts_used,
+    writing,
 )
 from evdit_opt.errors import UnsupportedInputError
+from evdit_opt.whole_file import whole_file
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,6 +76,8 @@ def measure(
             precision = None if dtype is None else getattr(torch, dtype.value)
             config = Config(**given(calib_steps=steps, seed=seed))
             found = find_target(pipeline, texts, call, device, precision)
+            if prompts or prompt:
+                require_prompts_used(pipeline, found.items)
             config = replace(config, pipe_kwargs=found.pipe_kwargs)
             measured = measure_attention(found.target, found.items, config)
             if out is not None:
@@ -165,5 +170,7 @@ def _make_folder(out: Path) -> None:
 def _write(measured: "Measurement", out: Path) -> None:
     from evdit_opt.calibrate.mass_picture import draw_mass
 
-    (out / "measure.json").write_text(measured.to_json(), encoding="utf-8")
-    draw_mass(out / "measure.png", measured)
+    with writing(out), whole_file(out / "measure.json") as partial:
+        partial.write_text(measured.to_json(), encoding="utf-8")
+    with writing(out), whole_file(out / "measure.png") as partial:
+        draw_mass(partial, measured)

@@ -5,8 +5,15 @@ from typing import Annotated
 
 import typer
 
-from evdit_opt.commands.common import AsJson, console, or_exit, require_writable, write_json
-from evdit_opt.errors import UnsupportedInputError
+from evdit_opt.commands.common import (
+    AsJson,
+    console,
+    or_exit,
+    require_writable,
+    write_json,
+    writing,
+)
+from evdit_opt.whole_file import whole_file
 
 __all__ = ["report"]
 
@@ -37,10 +44,8 @@ def report(
         measured = None if tiles is None else load_measurement(tiles, loaded)
         share = None if inspection is None else load_share(inspection, loaded)
         page = plan_page(loaded, shown, measured, share)
-        try:
-            out.write_text(page, encoding="utf-8")
-        except OSError as error:
-            raise UnsupportedInputError(f"expected to write {out}: {error}") from error
+        with writing(out), whole_file(out) as partial:
+            partial.write_text(page, encoding="utf-8")
         if as_json:
             told = {"out": str(out), "bytes": len(page.encode()), "clips": len(shown)}
             write_json(told)

@@ -14,8 +14,10 @@ from evdit_opt.commands.common import (
     given,
     only_result_on_stdout,
     or_exit,
+    require_prompts_used,
     require_writable,
     write_json,
+    writing,
 )
 from evdit_opt.commands.summary import summary
 
@@ -70,7 +72,8 @@ def retarget(
             texts = [*read_prompts(prompts), *(prompt or ())]
             with only_result_on_stdout():
                 found = _with_model(str(model), loaded, texts, call, seed, device)
-        found.plan.save(out)
+        with writing(out):
+            found.plan.save(out)
         if as_json:
             told = {
                 "out": str(out), **summary(found.plan), "grid": vars_of(found.plan.grid),
@@ -106,10 +109,10 @@ def _with_model(
     from evdit_opt.retarget import retarget
 
     found = find_target(name, texts or [PROMPT], call, device)
+    if texts:
+        require_prompts_used(name, found.items)
     steps = loaded.calibration.steps
-    config = Config(
-        **given(seed=seed), calib_steps=steps, pipe_kwargs=found.pipe_kwargs, progress=False
-    )
+    config = Config(**given(seed=seed), calib_steps=steps, pipe_kwargs=found.pipe_kwargs)
     moved = retarget(loaded, called_grid(found.target, found.items, config, loaded))
     is_pipeline = found.items and isinstance(found.items[0], str)
     if found.made_up or (is_pipeline and not texts):

@@ -17,4 +17,5 @@ def summary(plan: Any) -> dict[str, Any]:
         "psnr_db": None if plan.quality is None else plan.quality.psnr.mean,
         "held_out_error": plan.calibration.held_out_error,
         "speedup": None if plan.speed is None else plan.speed.speedup,
+        "predicted_speedup": None if plan.predicted is None else plan.predicted.speedup,
     }

@@ -79,7 +79,7 @@ def _hash(text: str) -> str:
 
 
 def _header(plan: Plan) -> Iterator[Html]:
-    grid, quality, speed = plan.grid, plan.quality, plan.speed
+    grid, quality = plan.grid, plan.quality
     reuse = f", {len(plan.reuse.sites)} reuse across steps" if plan.reuse else ""
     yield tag("h1", plan.model_class)
     yield tag(
@@ -94,9 +94,10 @@ def _header(plan: Plan) -> Iterator[Html]:
     if plan.reuse is not None and plan.reuse.memory is not None:
         detail = f"kept from step to step, in precision {plan.reuse.precision}"
         figures.append(("residuals", f"{plan.reuse.memory / 2**20:.4g} MiB", detail))
-    if speed is not None:
-        detail = f"{speed.dense_ms:.4g} to {speed.optimized_ms:.4g} ms a forward, {speed.device}"
-        figures.append(("speed", f"{speed.speedup:.2f}x", detail))
+    for what, told in (("speed", plan.speed), ("predicted speed", plan.predicted)):
+        if told is not None:
+            detail = f"{told.dense_ms:.4g} to {told.optimized_ms:.4g} ms a forward, {told.device}"
+            figures.append((what, f"{told.speedup:.2f}x", detail))
     if quality is not None:
         clips = f"to the dense clips, {quality.clips} held out"
         figures.append(("PSNR", f"{quality.psnr.mean:.1f} dB", clips))

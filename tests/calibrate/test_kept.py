@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from evdit_opt.calibrate.kept import PURPOSE, SEARCHED, Kept, purpose, remove_kept
@@ -62,6 +63,20 @@ def test_what_is_kept_is_not_run_again(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Kept(tmp_path / "new", MADE_FOR)
+    kept.run("first", lambda: torch.ones(2))
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CalibrationError, match="No space left on device; what is there already"):
+        kept.run("second", lambda: torch.ones(2))
+    monkeypatch.undo()
+    assert torch.equal(Kept(tmp_path / "new", MADE_FOR).run("first", never), torch.ones(2))
+
+
 def test_nothing_is_made_before_a_run_is_finished(tmp_path: Path) -> None:
     assert Kept(tmp_path / "new", MADE_FOR).load("first") is None
     assert list(tmp_path.iterdir()) == []
@@ -102,6 +117,9 @@ def test_a_purpose_is_model_prompts_and_what_runs_depend_on() -> None:
     assert differing(of(Config(density=0.3, min_psnr=20.0, progress=False))) == []
     assert differing(of(Config(seed=1))) == ["settings"]
     assert differing(of(Config(pipe_kwargs={"embeds": torch.ones(2)}))) == ["settings"]
+    pictures = [of(Config(pipe_kwargs={"image": Image.new("RGB", (2, 2), n)})) for n in (0, 0, 9)]
+    assert pictures[0] == pictures[1]  # not by where in memory it is
+    assert pictures[1] != pictures[2]
     assert differing(of(calls=2)) == ["prompts"]
     assert "model configuration" in differing(of(model=toy(2)))
     trained = toy(1)

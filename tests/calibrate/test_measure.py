@@ -175,6 +175,13 @@ def test_the_command_writes_a_table_json_and_a_picture(tmp_path: Path) -> None:
     assert told == json.loads((tmp_path / "new/measure.json").read_text())
     assert told["sites"][0]["name"] == "blocks.0.attn1"
     assert (tmp_path / "new/measure.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((tmp_path / "new").iterdir())) == 2
+
+
+def test_prompts_that_nothing_would_look_at_are_refused() -> None:
+    result = CliRunner().invoke(app, ["measure", TOY, "--prompt", "a cat"])
+    assert result.exit_code == 1
+    assert "comes with calls of its own" in result.stderr
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:

@@ -133,11 +133,42 @@ def test_random_inputs_are_nothing_to_calibrate_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["tinywan"], ["tinywan", "--out", "p", "--density", "0.3", "--threshold", "0.1"]],
-    ids=["no out", "density and threshold"],
+    [
+        ["tinywan"],
+        ["tinywan", "--out", "p", "--density", "0.3", "--threshold", "0.1"],
+        ["tinywan", "--out", "p", "--threshold", "0.1", "--min-psnr", "30"],
+    ],
+    ids=["no out", "density and threshold", "threshold and a floor"],
 )
 def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
     assert calibrate(*arguments).exit_code == 2
+
+
+def test_prompts_that_nothing_would_look_at_are_refused(tmp_path: Path) -> None:
+    result = calibrate(TOY, "--out", tmp_path / "p.json", "--prompt", "a cat")
+    assert result.exit_code == 1
+    assert "comes with calls of its own" in result.stderr
+
+
+def test_a_disk_that_takes_no_plan_is_one_line(made, tmp_path, monkeypatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = calibrate("some/pipe", "--out", tmp_path / "p.json", "--prompt", "a")
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    result = calibrate("some/pipe", "--out", tmp_path / "p.json", "--prompt", "a")
+    assert "expected a folder that may be written to" in result.stderr
+    assert len(made) == 1  # said before anything was done
+
+
+def test_a_predicted_speedup_is_told(made, tmp_path) -> None:
+    result = calibrate("some/pipe", "--out", tmp_path / "p.json", "--prompt", "a", "--json")
+    told = json.loads(result.stdout)
+    assert (told["speedup"], told["predicted_speedup"]) == pytest.approx((12 / 5, 12 / 4.8))
 
 
 def test_prompts_that_are_none(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import os
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -80,6 +81,8 @@ def test_everything_of_a_plan_is_there() -> None:
     assert plan.speed is not None
     assert f"{plan.quality.psnr.mean:.1f} dB" in told
     assert f"{plan.speed.speedup:.2f}x" in told
+    expected = replace(plan, predicted=replace(plan.speed, optimized_ms=plan.speed.dense_ms / 7))
+    assert {"predicted speed", "7.00x"} <= set(Page(plan_page(expected)).texts)
     assert plan.reuse is not None
     assert page.tags.count("video") == 0
     assert page.tags.count("script") == 0
@@ -212,12 +215,23 @@ def test_what_is_no_clip_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         load_clips(tmp_path)
 
 
-def test_the_command(tmp_path: Path) -> None:
+def full_disk(_: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "plan.html"
     result = CliRunner().invoke(app, ["report", str(DEMO), "--out", str(out), "--json"])
     assert result.exit_code == 0, result.output
     assert f'"bytes": {out.stat().st_size}' in result.stdout
     assert out.read_text(encoding="utf-8") == plan_page(Plan.load(DEMO))
+    before = out.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full_disk)
+        result = CliRunner().invoke(app, ["report", str(DEMO), "--out", str(out)])
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+    assert (out.read_bytes(), list(tmp_path.iterdir())) == (before, [out])
     result = CliRunner().invoke(app, ["report", str(tmp_path / "no.json"), "--out", str(out)])
     assert result.exit_code == 1
     assert "PlanNotFoundError" in result.stderr
