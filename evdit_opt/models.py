@@ -18,6 +18,7 @@ from evdit_opt.errors import CalibrationError, NonFiniteOutputError, Unsupported
 from evdit_opt.offload import require_weights_in_place
 
 __all__ = [
+    "USUAL_STEPS",
     "Denoiser",
     "Item",
     "as_denoiser",
@@ -154,8 +155,14 @@ def load_transformer(folder: Path) -> nn.Module:
         ) from error
 
 
-def first_call(denoiser: Denoiser) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def first_call(
+    denoiser: Denoiser, steps: int = USUAL_STEPS
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The positional and keyword arguments of the first forward of the model.
+
+    Args:
+        denoiser: a module's calls are its first call's arguments already.
+        steps: to ask a pipeline for.
 
     Raises:
         UnsupportedInputError: if the pipeline never calls its transformer.
@@ -168,7 +175,7 @@ def first_call(denoiser: Denoiser) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
     hook = denoiser.model.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        denoiser.run(denoiser.items[0], 0, USUAL_STEPS)
+        denoiser.run(denoiser.items[0], 0, steps)
     except _FirstCallSeen as seen:
         return seen.call_args, seen.call_kwargs
     finally:

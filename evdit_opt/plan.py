@@ -300,8 +300,8 @@ class Plan:
             )
         if self.finetune is not None:
             head.append(
-                f"for fine-tuned weights, {self.finetune.steps} steps; call the pipeline with "
-                "guidance_scale=1"
+                f"for fine-tuned weights, {self.finetune.steps} steps"
+                + ("; call the pipeline with guidance_scale=1" * self.finetune.consistency)
             )
         if self.quality is not None:
             head.append(f"held-out quality: {self.quality.describe()}")

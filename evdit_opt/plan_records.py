@@ -329,12 +329,14 @@ class FinetuneRecord:
     """The weights a plan is for, where fine-tuning made them, and the schedule they are for.
 
     Attributes:
-        steps: segments of the consistency model, one call each.
+        steps: of a run.
         full_steps: of the teacher's schedule.
         time_shift: see ``FewStepScheduler``.
         lora_rank: of the adapters; 0: all weights were trained.
         lora_modules: ends of the paths of the layers with adapters.
         weights_sha256: of ``weights.safetensors`` beside the plan.
+        consistency: a step is a segment of a consistency model with guidance in its weights; else
+            the wrapped solver steps, and guidance is as before.
     """
 
     steps: int
@@ -343,6 +345,7 @@ class FinetuneRecord:
     lora_rank: int
     lora_modules: tuple[str, ...]
     weights_sha256: str
+    consistency: bool = field(default=True, metadata={OPTIONAL: True})
 
     def __post_init__(self) -> None:
         require_int("steps", self.steps, 1, MAX_REFRESHES)
@@ -366,7 +369,7 @@ class FinetuneRecord:
         return FewStepScheduler(
             getattr(base, "wrapped", base),
             steps=self.steps,
-            segments=self.steps,
+            segments=self.steps if self.consistency else None,
             full_steps=self.full_steps,
             time_shift=self.time_shift,
         )

@@ -64,7 +64,10 @@ def _load(path: Path) -> "Finetuning":
     found = find_target(job.pipeline, job.prompts, job.call, job.device, dtype)
     try:
         lists = {name: tuple(v) for name, v in job.search.items() if isinstance(v, list)}
-        search = Config(**{**job.search, **lists}, pipe_kwargs=found.pipe_kwargs)
+        # TinyWan's own guidance is not a word of the person's.
+        drop = {"guidance_scale"} - job.call.keys()
+        call = {name: value for name, value in found.pipe_kwargs.items() if name not in drop}
+        search = Config(**{**job.search, **lists}, pipe_kwargs=call)
     except TypeError as error:
         raise DistillationError(
             f"expected search in {path} to hold settings of evdit_opt.Config: {error}"
@@ -80,7 +83,8 @@ def _train(path: Path) -> tuple[str, dict[str, Any]]:
     plan = run.finish()
     told = [] if plan is None else [plan.describe()]
     result = run.config.folder / "result"
-    told.append(f"written to {result}; call it with guidance_scale=1")
+    learned = "consistency" in run.config.stages
+    told.append(f"written to {result}" + "; call it with guidance_scale=1" * learned)
     facts = {"out": str(result), "steps": run.steps, "plan": plan and summary(plan)}
     return "\n".join(told), facts
 

@@ -37,6 +37,8 @@ def lora_rank_for(model: nn.Module, wanted: int | str | None) -> int | None:
 def add_lora(model: nn.Module, rank: int, modules: Sequence[str], seed: int) -> int:
     """Give linear layers adapters, and let only those train; what the model says does not change.
 
+    The adapters are float32, whatever the model is.
+
     Args:
         model: a diffusers model.
         rank: of the adapters.
@@ -68,6 +70,8 @@ def add_lora(model: nn.Module, rank: int, modules: Sequence[str], seed: int) -> 
             ) from error
     for name, value in model.named_parameters():
         value.requires_grad_("lora_" in name)
+        if "lora_" in name:
+            value.data = value.data.float()  # a step is smaller than what bfloat16 can add
     return sum(value.numel() for value in model.parameters() if value.requires_grad)
 
 

@@ -163,8 +163,13 @@ def forget_after(log: Path, step: int) -> None:
                 lines.append(line + "\n")
         except json.JSONDecodeError:
             break  # the line a kill cut off; nothing follows it
-    with whole_file(log) as partial:
-        partial.write_text("".join(lines))
+    try:
+        with whole_file(log) as partial:
+            partial.write_text("".join(lines))
+    except OSError as error:
+        raise DistillationError(
+            f"expected to write {log}: {error}; {kept(log.parent)} make room and start again"
+        ) from error
 
 
 def kept(folder: Path) -> str:

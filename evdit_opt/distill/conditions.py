@@ -14,7 +14,7 @@ from torch import nn
 
 from evdit_opt.distill.consistency import Model
 from evdit_opt.errors import DistillationError
-from evdit_opt.models import as_denoiser, first_call, output_tensor
+from evdit_opt.models import USUAL_STEPS, as_denoiser, config_value, first_call, output_tensor
 
 __all__ = ["Conditions"]
 
@@ -31,12 +31,15 @@ class Conditions:
         prompts: doubles are computed once.
         call: further arguments of the pipeline's calls; the guidance scale is set to 1 here.
         stored: further prompts with their part of the call, from `text_of` of an earlier run.
+        steps: to ask the pipeline for, which lays out its scheduler.
 
     Attributes:
         shape: of one clip's latents, [channels, frames, height, width] or as the model has it.
+        dtype: that the pipeline gives them to the model in.
 
     Raises:
-        DistillationError: a denoiser that is called in another way, or prompts of several lengths.
+        DistillationError: a denoiser that is called in another way, is given more than noised
+            latents, or is told a guidance scale; prompts of several lengths.
     """
 
     @torch.no_grad()
@@ -46,19 +49,23 @@ class Conditions:
         prompts: Sequence[str],
         call: Mapping[str, Any],
         stored: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+        steps: int = USUAL_STEPS,
     ) -> None:
         self.stored = stored or {}
         self.of: dict[str, dict[str, Any]] = {}
         self.shape: tuple[int, ...] = ()
         unguided = {**call, "guidance_scale": 1.0}
         for prompt in dict.fromkeys(prompts):
-            args, kwargs = first_call(as_denoiser(pipe, [prompt], unguided))
+            denoiser = as_denoiser(pipe, [prompt], unguided)
+            args, kwargs = first_call(denoiser, steps)
             if args or not {"hidden_states", "timestep"} <= kwargs.keys():
                 raise DistillationError(
                     f"expected {type(pipe).__name__} to call its denoiser with hidden_states and "
                     f"timestep by name, got {len(args)} positional arguments and {sorted(kwargs)}"
                 )
+            _require_plain(denoiser.model, kwargs)
             self.shape = tuple(kwargs["hidden_states"].shape[1:])
+            self.dtype = kwargs["hidden_states"].dtype
             self.of[prompt] = {name: kwargs[name] for name in kwargs if name not in OWN}
         widths = {
             tuple(value.shape[1:])
@@ -100,12 +107,24 @@ class Conditions:
         }
 
         def call(sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            dtype = next(
-                (v.dtype for v in kwargs.values() if isinstance(v, torch.Tensor)), sample.dtype
-            )
-            output = model(
-                hidden_states=sample.to(dtype), timestep=timestep, return_dict=False, **kwargs
-            )
+            given = sample.to(self.dtype)
+            output = model(hidden_states=given, timestep=timestep, return_dict=False, **kwargs)
             return output_tensor(output).to(sample.dtype)
 
         return call
+
+
+def _require_plain(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """A model that makes what it is given, and knows of no guidance."""
+    given, made = (config_value(model, f"{way}_channels") for way in ("in", "out"))
+    if type(given) is type(made) is int and given != made:
+        raise DistillationError(
+            f"expected a {type(model).__name__} that is given noised latents alone, it takes "
+            f"{given} channels and makes {made}; a condition beside the latents (image to video) "
+            "is not supported"
+        )
+    if kwargs.get("guidance") is not None:
+        raise DistillationError(
+            f"expected a {type(model).__name__} without embedded guidance, it is called with a "
+            "guidance scale; models whose guidance is distilled already are not supported"
+        )

@@ -82,6 +82,10 @@ class FinetuneConfig:
                 f"expected search before knowledge, got {self.stages!r}: the sparse student needs "
                 "a plan"
             )
+        if type(self.seed) is not int or self.seed < 0:
+            raise DistillationError(
+                f"expected seed to be an integer of at least 0, got {self.seed!r}"
+            )
         for name in ("full_steps", "first_teacher_steps", "clips"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
@@ -206,4 +210,7 @@ def _made(kind: type, values: dict[str, Any], where: str) -> Any:
     try:
         return kind(**values)
     except TypeError as error:
-        raise DistillationError(f"expected {where} to be complete: {error}") from error
+        raise DistillationError(
+            f"expected {where} to be complete, and numbers where they belong: {error} (YAML takes "
+            "1e-4 for text, 1.0e-4 is a number)"
+        ) from error

@@ -222,6 +222,7 @@ class LatentShards:
         captions: by number.
         texts: those of them that need no text encoder any more.
         skipped: a line for each clip that was left out.
+        shapes: of the latents, one if all are of one size.
 
     Raises:
         DistillationError: no shards, or one that cannot be read.
@@ -233,6 +234,7 @@ class LatentShards:
         self.captions: list[str] = []
         self.texts = StoredTexts()
         self.skipped: list[str] = []
+        self.shapes: set[tuple[int, ...]] = set()
         self._where: list[tuple[Any, int]] = []
         for path in sorted(folder.glob("*.safetensors")):
             file = _open(path)
@@ -240,16 +242,19 @@ class LatentShards:
                 names = set(file.keys())
                 captions = json.loads(file.metadata()["captions"])
                 self.skipped += json.loads(file.metadata().get("skipped", "[]"))
-                rows = file.get_slice("latents").get_shape()[0] if captions else 0
+                shape = file.get_slice("latents").get_shape() if captions else [0]
             except (KeyError, TypeError, ValueError, SafetensorError) as error:
                 raise DistillationError(
                     f"expected latents and captions in {path}, cannot read them: {error}; remove "
                     "the file and encode again"
                 ) from error
+            rows = shape[0]
             if rows != len(captions):
                 raise DistillationError(
                     f"expected a caption for each of {rows} latents in {path}, got {len(captions)}"
                 )
+            if rows:
+                self.shapes.add(tuple(shape[1:]))
             self.captions += captions
             self._where += [(file, row) for row in range(rows)]
             if any(name.startswith(TEXT) for name in names):

@@ -20,7 +20,14 @@ from evdit_opt.errors import DistillationError
 from evdit_opt.models import output_tensor
 from evdit_opt.plan_records import ReuseRecord
 
-__all__ = ["EdgeWalk", "KnowledgeWeights", "SiteOutputs", "knowledge_losses", "train_only"]
+__all__ = [
+    "EdgeWalk",
+    "KnowledgeWeights",
+    "SiteOutputs",
+    "hooks_while_recomputing",
+    "knowledge_losses",
+    "train_only",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +98,15 @@ class SiteOutputs:
         for handle in self.handles:
             handle.remove()
         self.found.clear()
+
+
+def hooks_while_recomputing() -> Any:
+    """While this lasts, sites are watched also where activations are computed again.
+
+    Dynamo refuses a graph that leaves something behind there, because its backward would leave it
+    again; the outputs of sites are taken before.
+    """
+    return torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
 
 
 def knowledge_losses(

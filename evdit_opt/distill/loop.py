@@ -30,7 +30,13 @@ from evdit_opt.distill.checkpoint import (
     kept,
     save_atomically,
 )
-from evdit_opt.distill.processes import average_gradients, begin_alike, make_accelerator
+from evdit_opt.distill.processes import (
+    average_gradients,
+    begin_alike,
+    make_accelerator,
+    processes,
+    require_launch,
+)
 from evdit_opt.distill.sharding import sharded_copy, take_back, whole
 from evdit_opt.errors import DistillationError
 
@@ -38,10 +44,15 @@ __all__ = [
     "Losses",
     "Numbers",
     "TrainingConfig",
+    "recomputing",
+    "require_possible",
     "train",
 ]
 
 logger = logging.getLogger(__name__)
+
+SWITCHES = ("enable_gradient_checkpointing", "disable_gradient_checkpointing")
+"""Methods of diffusers models."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +123,13 @@ class TrainingConfig:
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise DistillationError(f"expected {name} above 0, got {getattr(self, name)!r}")
+        betas = self.betas
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise DistillationError(f"expected two betas in [0, 1), got {betas!r}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise DistillationError(
+                f"expected weight_decay of at least 0, got {self.weight_decay!r}"
+            )
         if self.average is not None and not 0 <= self.average < 1:
             raise DistillationError(f"expected average in [0, 1), got {self.average!r}")
         if self.tensorboard and find_spec("tensorboard") is None:
@@ -159,14 +177,13 @@ def train(
         DistillationError: nothing to train, a checkpoint of another run, or a loss that is not
             finite; the last checkpoint stays as it is. Also ``shard`` with one process.
     """
+    require_possible(model, config)
     accelerator = make_accelerator(folder, config.tensorboard)
     kept_on = next(model.parameters()).device
-    worker = _sharded(model, accelerator) if config.shard else model.to(accelerator.device)
+    worker = sharded_copy(model) if config.shard else model.to(accelerator.device)
     trained = {name: value for name, value in worker.named_parameters() if value.requires_grad}
     if not trained:
         raise DistillationError("expected parameters that require gradients, the model has none")
-    if config.checkpointing:
-        _checkpoint_activations(worker)
     optimizer = torch.optim.AdamW(
         trained.values(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay
     )
@@ -180,7 +197,7 @@ def train(
         begin_alike(trained.values())
     per_process = config.batch * config.accumulate
     started = time.monotonic() - state.seconds
-    with _tracked(accelerator, state.step):
+    with _tracked(accelerator, state.step), recomputing(worker, config.checkpointing):
         while state.step < config.steps:
             for group in optimizer.param_groups:
                 group["lr"] = config.rate(state.step)
@@ -225,13 +242,38 @@ def train(
     accelerator.free_memory()
 
 
-def _sharded(model: nn.Module, accelerator: Any) -> nn.Module:
-    if accelerator.num_processes == 1:
+def require_possible(model: nn.Module, config: TrainingConfig) -> None:
+    """Refuse what `train` could not do, before anything is prepared for it.
+
+    Raises:
+        DistillationError: as `train`, for a launch, sharding or recomputation that cannot be.
+    """
+    require_launch()
+    if config.shard and processes().num_processes == 1:
         raise DistillationError(
             "expected several processes for shard=True, this is the only one; launch with "
             "torchrun --nproc_per_node N, or set shard=False"
         )
-    return sharded_copy(model)
+    supported = getattr(model, "_supports_gradient_checkpointing", True)
+    if config.checkpointing and not (supported and hasattr(model, SWITCHES[0])):
+        raise DistillationError(
+            f"expected a model with {SWITCHES[0]}, {type(model).__name__} has none; set "
+            "checkpointing=False"
+        )
+
+
+@contextmanager
+def recomputing(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Activations are computed again in the backward; a later stage decides for itself."""
+    if not wanted or getattr(model, "is_gradient_checkpointing", False):
+        yield
+        return
+    enable, disable = (getattr(model, name) for name in SWITCHES)
+    enable()
+    try:
+        yield
+    finally:
+        disable()
 
 
 @contextmanager
@@ -267,13 +309,3 @@ def _accumulate(
             mean = accelerator.reduce(value.detach().float(), reduction="mean")
             totals[name] = totals.get(name, 0.0) + float(mean) / config.accumulate
     return totals
-
-
-def _checkpoint_activations(model: nn.Module) -> None:
-    enable: Any = getattr(model, "enable_gradient_checkpointing", None)
-    if enable is None:
-        raise DistillationError(
-            f"expected a model with enable_gradient_checkpointing, {type(model).__name__} has "
-            "none; set checkpointing=False"
-        )
-    enable()

@@ -20,17 +20,20 @@ from evdit_opt import apply
 from evdit_opt.calibrate.make import make_plan
 from evdit_opt.config import Config
 from evdit_opt.distill.adapters import add_lora, load_weights, lora_rank_for, save_weights
+from evdit_opt.distill.beforehand import laid_out, require_one_guidance
+from evdit_opt.distill.begun import described, require_same, write_begun
 from evdit_opt.distill.conditions import Conditions
 from evdit_opt.distill.config import FinetuneConfig
 from evdit_opt.distill.data import LatentShards, teacher_latents
 from evdit_opt.distill.encode import encode_videos
-from evdit_opt.distill.knowledge import SiteOutputs
-from evdit_opt.distill.loop import Losses, TrainingConfig, train
+from evdit_opt.distill.knowledge import SiteOutputs, hooks_while_recomputing
+from evdit_opt.distill.loop import Losses, TrainingConfig, require_possible, train
 from evdit_opt.distill.processes import first_process, processes
 from evdit_opt.distill.samples import write_samples
 from evdit_opt.distill.saved import save_finetuned
-from evdit_opt.distill.segments import segments_of
+from evdit_opt.distill.segments import cut
 from evdit_opt.distill.stages import Setting, consistency_stage, knowledge_stage
+from evdit_opt.distill.videos import list_videos
 from evdit_opt.errors import AlreadyOptimizedError, DistillationError
 from evdit_opt.models import denoiser_of
 from evdit_opt.plan import PLAN_FILE, Plan
@@ -55,14 +58,16 @@ def finetune(
     """Fine-tune a pipeline in place, for few steps and sparse attention.
 
     Its transformer's weights change, and its scheduler becomes a ``FewStepScheduler``; the plan is
-    not applied. Call the result with ``guidance_scale=1``: guidance is in the weights.
+    not applied. After a consistency stage call the result with ``guidance_scale=1``: guidance is
+    in the weights.
 
     Args:
         pipe: a diffusers video pipeline with one transformer.
         prompts: captions to train on, and to calibrate with.
         config: see `FinetuneConfig`.
         steps: of the student.
-        search: of the search stage; its ``pipe_kwargs`` are those of all calls.
+        search: of the search stage; its ``pipe_kwargs`` are those of all calls, but for guidance,
+            which ``config`` says.
 
     Returns:
         The plan; None without a search stage. It is in ``config.folder / "result"`` with the
@@ -105,30 +110,51 @@ class Finetuning:
             raise AlreadyOptimizedError(
                 "expected a pipeline without a plan; call evdit_opt.restore(pipe) first"
             )
+        if any("lora_" in name for name in self.model.state_dict()):
+            raise DistillationError(
+                "expected a pipeline without adapters, which training would leave out or mix with "
+                "its own; call pipe.fuse_lora() and pipe.unload_lora_weights() first"
+            )
         if not self.prompts:
             raise DistillationError("expected at least one prompt to train on, got none")
-        if "knowledge" in config.stages and config.knowledge.checkpointing and self.search.reuse:
+        recomputes = config.knowledge.checkpointing or getattr(
+            self.model, "is_gradient_checkpointing", False
+        )
+        if "knowledge" in config.stages and recomputes and self.search.reuse:
             raise DistillationError(
                 "expected knowledge.checkpointing to be false where the plan may reuse residuals, "
                 "got true: computing a refresh again would write them again; set it to false, or "
                 "search with reuse=False"
             )
         self.config = replace(config, lora_rank=lora_rank_for(self.model, config.lora_rank))
-        # Before anything is loaded or trained: an impossible schedule is the first thing to know.
-        self.few = FewStepScheduler(
-            pipe.scheduler,
-            steps=steps,
-            segments=steps,
-            full_steps=config.full_steps,
-            time_shift=config.time_shift,
-        )
+        # Before anything is loaded or trained: what is impossible is the first thing to know.
+        require_one_guidance(config, self.search)
+        for index, stage in enumerate(config.stages):
+            require_same(self._folder(index), self._described(index))
+            if stage != "search":
+                require_possible(self.model, getattr(config, stage))
+        self.learns = "consistency" in config.stages
+        self.reducer = self._few_steps(None)
+        self.few = self._few_steps(steps) if self.learns else self.reducer
+        self.whole, self.shape = laid_out(pipe, self.prompts, self.config, self.search)
+        if self.learns and config.latents is not None:
+            self._latents()
+        if self.learns and config.data is not None:
+            list_videos(config.data.videos)
         self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.model.eval().requires_grad_(True)
         if self.config.lora_rank is not None:
             rank = int(self.config.lora_rank)
             logger.info("training adapters of rank %d", rank)
             add_lora(self.model, rank, config.lora_modules, config.seed)
-        self.trainable = [n for n, p in self.model.named_parameters() if p.requires_grad]
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.trainable = list(trained)
+        if coarse := {str(p.dtype)[6:] for p in trained.values()} - {"float32"}:
+            raise DistillationError(
+                f"expected weights in float32 to train all of them, got {min(coarse)}, in which "
+                "the optimizer's steps are lost; leave dtype out and set bf16: true of the stages, "
+                "or train adapters with lora_rank"
+            )
         self.plan: Plan | None = None
 
     @property
@@ -138,9 +164,11 @@ class Finetuning:
 
     def stage(self, index: int) -> None:
         """Do one stage, or what is left of it."""
-        name = self.config.stages[index]
-        folder = self.config.folder / f"{index + 1}-{name}"
-        folder.mkdir(parents=True, exist_ok=True)
+        name, folder = self.config.stages[index], self._folder(index)
+        with first_process() as mine:
+            if mine:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_begun(folder, self._described(index))
         if name == "search":
             with first_process() as mine:
                 if mine and not (folder / PLAN).exists():
@@ -201,7 +229,8 @@ class Finetuning:
             guidance = 1.0 if done else config.guidance
             reuse = self.plan.reuse
             losses = knowledge_stage(setting, teacher, watched, wanted, guidance, reuse)
-            yield losses, config.knowledge
+            with hooks_while_recomputing():
+                yield losses, config.knowledge
         finally:
             apply.restore(self.model)
             watched.remove()
@@ -217,22 +246,24 @@ class Finetuning:
             self.plan = Plan.load(result / PLAN_FILE)
         self.model.requires_grad_(False)
         self.pipe.scheduler = self.few
-        logger.info("call the pipeline with guidance_scale=1: guidance is in its weights now")
+        if self.learns:
+            logger.info("call the pipeline with guidance_scale=1: guidance is in its weights now")
         return self.plan
 
     def _search(self, index: int) -> Plan:
         """The plan, for the pipeline as it will be used."""
-        with self._as_used("consistency" in self.config.stages[:index]) as call:
+        few = "consistency" in self.config.stages[:index]
+        with self._as_used(self.few if few else self.reducer, few) as call:
             settings = replace(self.search, calib_steps=self.steps, pipe_kwargs=call)
             return make_plan(self.pipe, self.prompts, settings)
 
     @contextmanager
-    def _as_used(self, few: bool) -> Iterator[dict[str, Any]]:
-        """The pipeline with the scheduler of its student, or as it came; further call arguments."""
+    def _as_used(self, scheduler: Any, learned: bool) -> Iterator[dict[str, Any]]:
+        """The pipeline with a scheduler; arguments of its calls, guided till that is learned."""
         before = self.pipe.scheduler
-        self.pipe.scheduler = self.few if few else before
+        self.pipe.scheduler = scheduler
         try:
-            yield {**self.search.pipe_kwargs, "guidance_scale": 1.0} if few else self._guided()
+            yield {**self.search.pipe_kwargs, "guidance_scale": 1.0} if learned else self._guided()
         finally:
             self.pipe.scheduler = before
 
@@ -243,18 +274,23 @@ class Finetuning:
             return
         few = "consistency" in self.config.stages[: index + 1]
         steps = self.steps if few else self.config.full_steps
-        with self._as_used(few) as call:
+        with self._as_used(self.few if few else self.pipe.scheduler, few) as call:
             write_samples(self.pipe, wanted, {**call, "num_inference_steps": steps}, folder, step)
 
     def _latents(self) -> LatentShards:
         config = self.config
-        if config.latents is not None:
-            return LatentShards(config.latents)
-        folder = config.folder / "latents"
-        with first_process() as mine:
-            if mine:
-                self._fill(folder)
-        return LatentShards(folder)
+        folder = config.folder / "latents" if config.latents is None else config.latents
+        if config.latents is None:
+            with first_process() as mine:
+                if mine:
+                    self._fill(folder)
+        found = LatentShards(folder)
+        if wrong := found.shapes - {self.shape}:
+            raise DistillationError(
+                f"expected latents {list(self.shape)} in {folder}, as the pipeline's calls make "
+                f"them, got {list(min(wrong))}; set num_frames, height and width to theirs"
+            )
+        return found
 
     def _fill(self, folder: Path) -> None:
         """Make all latents that are not there yet."""
@@ -289,15 +325,26 @@ class Finetuning:
         prompts = [config.negative_prompt, *self.prompts, *captions]
         return Setting(
             config=config,
-            segments=segments_of(
-                self.pipe.scheduler,
-                segments=edges,
-                full_steps=config.full_steps,
-                time_shift=config.time_shift,
-            ),
+            segments=cut(self.whole, segments=edges, time_shift=config.time_shift),
             conditions=Conditions(self.pipe, prompts, self.search.pipe_kwargs, texts),
             prompts=self.prompts,
             device=next(self.model.parameters()).device,
+        )
+
+    def _folder(self, index: int) -> Path:
+        return self.config.folder / f"{index + 1}-{self.config.stages[index]}"
+
+    def _described(self, index: int) -> dict[str, str]:
+        return described(self.config, self.prompts, self.steps, self.search, index)
+
+    def _few_steps(self, segments: int | None) -> FewStepScheduler:
+        config = self.config
+        return FewStepScheduler(
+            self.pipe.scheduler,
+            steps=self.steps,
+            segments=segments,
+            full_steps=config.full_steps,
+            time_shift=config.time_shift,
         )
 
     def _train_only(self, sites: Sequence[str] | None) -> None:

@@ -13,7 +13,14 @@ from torch import nn
 
 from evdit_opt.errors import DistillationError
 
-__all__ = ["average_gradients", "begin_alike", "first_process", "make_accelerator", "processes"]
+__all__ = [
+    "average_gradients",
+    "begin_alike",
+    "first_process",
+    "make_accelerator",
+    "processes",
+    "require_launch",
+]
 
 PATIENCE = timedelta(days=1)
 """How long processes wait for the one that encodes; torchrun ends them if it dies."""
@@ -34,21 +41,16 @@ def first_process() -> Iterator[bool]:
     state.wait_for_everyone()
 
 
-def make_accelerator(folder: Path, tensorboard: bool) -> Any:
-    """An ``Accelerator`` of this launch; what was asked for and is not done here, is said.
+def require_launch() -> None:
+    """Refuse what a launch asks of accelerate and is not done here.
 
     accelerate would not: on a CPU it ignores its FSDP plugin without a word, and its float16 needs
     losses that are scaled.
 
-    Args:
-        folder: for its trackers.
-        tensorboard: make that one of them.
-
     Raises:
         DistillationError: a launch with FSDP, DeepSpeed, Megatron-LM or mixed precision.
     """
-    from accelerate import Accelerator
-    from accelerate.utils import parse_flag_from_env
+    from accelerate.utils import parse_choice_from_env, parse_flag_from_env
 
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
@@ -56,19 +58,30 @@ def make_accelerator(folder: Path, tensorboard: bool) -> Any:
                 f"expected a launch without {name}, which is not supported; launch with torchrun, "
                 "and set shard: true of the stage to spread weights and optimizer"
             )
+    precision = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no":
+        raise DistillationError(
+            f"expected a launch with mixed_precision no, got {precision}; set "
+            "bf16: true of the stage instead (float16 is not supported: small gradients vanish)"
+        )
+
+
+def make_accelerator(folder: Path, tensorboard: bool) -> Any:
+    """An ``Accelerator`` of this launch.
+
+    Args:
+        folder: for its trackers.
+        tensorboard: make that one of them.
+    """
+    from accelerate import Accelerator
+
     processes()
     # Its settings are one per process; those that differ from stage to stage are the caller's.
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=not torch.accelerator.is_available(),
         log_with="tensorboard" if tensorboard else None,
         project_dir=folder,
     )
-    if accelerator.mixed_precision != "no":
-        raise DistillationError(
-            f"expected a launch with mixed_precision no, got {accelerator.mixed_precision}; set "
-            "bf16: true of the stage instead (float16 is not supported: small gradients vanish)"
-        )
-    return accelerator
 
 
 @torch.no_grad()

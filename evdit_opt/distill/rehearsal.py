@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from evdit_opt.distill.conditions import Conditions
-from evdit_opt.distill.loop import Numbers
+from evdit_opt.distill.loop import Numbers, recomputing
 from evdit_opt.distill.pipeline import Finetuning
 
 __all__ = ["Rehearsal", "rehearse"]
@@ -24,7 +23,8 @@ class Rehearsal:
         trained: numbers trained.
         samples: that it would see, in one process.
         weights_gib: of student and teacher.
-        training_gib: gradients and the optimizer's two averages, in the weights' precision.
+        training_gib: gradients, the optimizer's two averages and, where there is one, that of the
+            weights, in the weights' precision.
         peak_gib: most memory of the device at once in a forward and backward; None on a CPU.
         seconds: of the whole stage, from one forward and backward after a first one.
     """
@@ -41,12 +41,12 @@ class Rehearsal:
 class _MadeUp:
     """Noise in place of latents that the teacher has not made yet."""
 
-    def __init__(self, conditions: Conditions, captions: tuple[str, ...]) -> None:
-        self.conditions, self.captions = conditions, list(captions)
+    def __init__(self, shape: tuple[int, ...], captions: tuple[str, ...]) -> None:
+        self.shape, self.captions = shape, list(captions)
         self.texts: dict[str, dict[str, torch.Tensor]] = {}
 
     def take(self, numbers: list[int]) -> torch.Tensor:
-        return torch.randn(len(numbers), *self.conditions.shape)
+        return torch.randn(len(numbers), *self.shape)
 
     def shuffled(self, number: int, seed: int) -> int:
         return number % len(self.captions)
@@ -61,18 +61,24 @@ def rehearse(run: Finetuning) -> list[Rehearsal]:
         EvditError: whatever would stop the real run early.
     """
     found = []
-    conditions = Conditions(run.pipe, run.prompts, run.search.pipe_kwargs)
-    made_up: Any = _MadeUp(conditions, run.prompts)
+    made_up: Any = _MadeUp(run.shape, run.prompts)
     for index, name in enumerate(run.config.stages):
         if name == "search" or (name == "knowledge" and run.plan is None):
             continue
-        with run.losses(index, made_up) as (losses, settings):
+        with (
+            run.losses(index, made_up) as (losses, settings),
+            recomputing(run.model, settings.checkpointing),
+        ):
             total = settings.batch * settings.accumulate
             numbers = Numbers(step=0, samples=tuple(range(settings.batch)), total=total)
-            on_gpu = next(run.model.parameters()).is_cuda
+            device = next(run.model.parameters()).device.type
+            on_gpu = device == "cuda"
+            copies = 3 if settings.average is None else 4
             for _ in range(2):
                 begin = time.perf_counter()
-                losses(run.model, numbers)["loss"].backward()
+                with torch.autocast(device, torch.bfloat16, enabled=settings.bf16):
+                    found_here = losses(run.model, numbers)
+                found_here["loss"].backward()
                 if on_gpu:
                     torch.cuda.synchronize()
                 seconds = time.perf_counter() - begin
@@ -85,7 +91,7 @@ def rehearse(run: Finetuning) -> list[Rehearsal]:
                     trained=run.trained,
                     samples=settings.steps * total,
                     weights_gib=2 * weights / 2**30,
-                    training_gib=3 * sum(v.numel() * v.element_size() for v in values) / 2**30,
+                    training_gib=copies * sum(v.numel() * v.element_size() for v in values) / 2**30,
                     peak_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
                     seconds=seconds * settings.accumulate * settings.steps,
                 )

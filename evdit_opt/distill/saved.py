@@ -21,6 +21,7 @@ from evdit_opt.models import denoiser_of
 from evdit_opt.plan import PLAN_FILE, Plan
 from evdit_opt.plan_records import FinetuneRecord
 from evdit_opt.scheduler import FewStepScheduler
+from evdit_opt.whole_file import whole_file
 
 __all__ = ["restore_finetuned", "save_finetuned"]
 
@@ -45,11 +46,18 @@ def save_finetuned(
         lora_rank=rank,
         lora_modules=config.lora_modules if rank else (),
         weights_sha256=save_weights(model, folder / WEIGHTS),
+        consistency=scheduler.config.segments is not None,
     )
     if plan is not None:
         plan = replace(plan, finetune=record)
         plan.save(folder / PLAN_FILE)
-    (folder / RECORD).write_text(strict_json.dump(record), encoding="utf-8")
+    try:
+        with whole_file(folder / RECORD) as partial:
+            partial.write_text(strict_json.dump(record), encoding="utf-8")
+    except OSError as error:
+        raise DistillationError(
+            f"expected to write {folder / RECORD}: {error}; make room and start again"
+        ) from error
     return plan
 
 

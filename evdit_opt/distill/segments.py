@@ -18,7 +18,7 @@ from evdit_opt.errors import DistillationError
 from evdit_opt.sampling.levels import clean_and_noise, convention_of, prediction_type_of
 from evdit_opt.sampling.settings import FewStepSettings
 
-__all__ = ["Draw", "Segments", "annealed_steps", "segments_of"]
+__all__ = ["Draw", "Segments", "annealed_steps", "cut", "segments_of"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,22 +154,40 @@ def segments_of(
 
     whole = FewStepScheduler(scheduler, steps=full_steps, segments=1, full_steps=full_steps)
     whole.set_timesteps(full_steps, mu=mu)
-    levels = whole.levels
-    cut = FewStepSettings(
+    return cut(whole, segments=segments, time_shift=time_shift, placement=placement)
+
+
+def cut(
+    whole: Any,
+    *,
+    segments: int,
+    time_shift: float = 1.0,
+    placement: str | tuple[float, ...] = "even",
+) -> Segments:
+    """Segments of a schedule that is laid out, by `segments_of` or by a pipeline.
+
+    Args:
+        whole: a ``FewStepScheduler`` with a step for each point, after ``set_timesteps``.
+        segments: how many.
+        time_shift: see ``FewStepScheduler``.
+        placement: see ``FewStepScheduler``.
+    """
+    levels, points = whole.levels, len(whole.timesteps)
+    settings = FewStepSettings(
         steps=segments,
         segments=segments,
-        full_steps=full_steps,
+        full_steps=points,
         placement=placement,
         time_shift=time_shift,
     )
-    indices, _ = cut.indices(levels)
+    indices, _ = settings.indices(levels)
     return Segments(
         timesteps=whole.timesteps.float().cpu(),
         alpha=torch.tensor(levels.alpha, dtype=torch.float64),
         sigma=torch.tensor(levels.sigma, dtype=torch.float64),
-        edges=(*indices, full_steps),
-        prediction=prediction_type_of(scheduler),
-        convention=convention_of(scheduler),
+        edges=(*indices, points),
+        prediction=prediction_type_of(whole.wrapped),
+        convention=convention_of(whole.wrapped),
     )
 
 

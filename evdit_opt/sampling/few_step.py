@@ -117,6 +117,11 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         )
         self._convention = convention_of(scheduler)
         self._prediction = prediction_type_of(scheduler)
+        if gamma and scheduler.config.get("timestep_type") == "continuous":
+            raise SchedulerError(
+                f"expected gamma 0 with continuous timesteps, got {gamma}: its time is that of the "
+                "training timesteps, of which this scheduler knows none"
+            )
         # DDIM's own step knows only equal steps of the timesteps; first order is all it is.
         self._first_order = segments is not None or type(scheduler).__name__ in TABLE_CLASSES
         if self._first_order:

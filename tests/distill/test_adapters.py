@@ -83,6 +83,16 @@ def test_large_models_get_adapters_unless_told_otherwise(
     assert lora_rank_for(model, wanted) == rank
 
 
+def test_adapters_are_float32_in_a_bfloat16_model() -> None:
+    """A weight of size 1 that is asked to move by 1e-4 would stay where it is."""
+    model = small().to(torch.bfloat16)
+    add_lora(model, 2, ("to_q",), seed=0)
+    assert {v.dtype for v in trained_weights(model).values()} == {torch.float32}
+    layer = model.blocks[0].attn1.to_q
+    given = torch.randn(1, 3, layer.in_features, dtype=torch.bfloat16)
+    assert layer(given).dtype == torch.bfloat16
+
+
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     save_weights(small(), path)

@@ -44,3 +44,38 @@ def test_text_of_several_lengths_is_refused() -> None:
     pipe.encode_prompt = unpadded
     with pytest.raises(DistillationError, match="max_sequence_length"):
         Conditions(pipe, ["a red circle", "a circle"], CALL)
+
+
+def test_a_model_that_is_given_more_than_latents_is_refused() -> None:
+    pipe = load_tinywan()
+    pipe.transformer.register_to_config(in_channels=20)  # as image-to-video models have it
+    with pytest.raises(DistillationError, match="takes 20 channels and makes 8"):
+        Conditions(pipe, PROMPTS[:1], CALL)
+
+
+def test_a_model_that_is_told_its_guidance_is_refused() -> None:
+    pipe = load_tinywan()
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, args, named: (args, {**named, "guidance": torch.ones(1)}), with_kwargs=True
+    )
+    with pytest.raises(DistillationError, match="guidance is distilled already"):
+        Conditions(pipe, PROMPTS[:1], CALL)
+
+
+def test_latents_come_in_the_precision_of_the_pipelines_call() -> None:
+    """Whatever its first other argument is: a mask of integers, say."""
+    pipe = load_tinywan().to(torch.bfloat16)
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, args, named: (args, {"encoder_mask": torch.ones(1, 3).long(), **named}),
+        with_kwargs=True,
+    )
+    seen = []
+
+    def model(**named: torch.Tensor) -> torch.Tensor:
+        seen.append(named["hidden_states"].dtype)
+        return named["hidden_states"]
+
+    bound = Conditions(pipe, PROMPTS[:1], CALL).bind(model, PROMPTS[:1])
+    output = bound(torch.zeros(1, 8, 2, 8, 8), torch.zeros(1))
+    assert seen == [torch.bfloat16]
+    assert output.dtype == torch.float32

@@ -54,6 +54,8 @@ def test_yaml_says_everything(tmp_path: Path) -> None:
         ("prompts: prompts.txt", "prompts: 7", "prompts to be a list"),
         ("lora_rank: 8", "lora_rank: 0", "lora_rank to be an integer above 0"),
         ("lora_rank: 8", "lora_rank: some", "lora_rank to be an integer above 0, 'auto' or none"),
+        ("batch: 8", "learning_rate: 1e-4", r"1\.0e-4 is a number"),
+        ("guidance: 2.0", "seed: -1", "seed to be an integer of at least 0"),
         ("pipeline: tinywan", "pipeline: [", "a YAML file"),
         ("folder: run", "stages: [search]", "complete"),
         ("guidance: 2.0", "stages: [knowledge, search]", "search before knowledge"),

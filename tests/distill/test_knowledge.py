@@ -6,12 +6,13 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from evdit_opt.apply import apply_plan, restore
+from evdit_opt.apply import apply_plan, report, restore
 from evdit_opt.distill.consistency import jump
 from evdit_opt.distill.knowledge import (
     EdgeWalk,
     KnowledgeWeights,
     SiteOutputs,
+    hooks_while_recomputing,
     knowledge_losses,
     train_only,
 )
@@ -83,7 +84,8 @@ def test_a_sparse_student_learns_on_the_sparse_op(only: bool) -> None:
         assert not torch.allclose(student(**toy_inputs()), sparse, atol=1e-3)
 
 
-def test_gradients_are_those_of_the_masked_model() -> None:
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["kept", "recomputed"])
+def test_gradients_are_those_of_the_masked_model(checkpoint: bool) -> None:
     from evdit_opt.grid import TokenLayout
     from tests.models.masked import masked_attention
     from tests.models.toy_dit import GRID
@@ -93,9 +95,12 @@ def test_gradients_are_those_of_the_masked_model() -> None:
         for value in student.parameters():
             value.add_(0.01 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0)))
     spelled = copy.deepcopy(student)
+    student.checkpoint = checkpoint
     watched, wanted = SiteOutputs(student, SITES), SiteOutputs(teacher, SITES)
     apply_plan(student, make_plan(student, toy_rules()), inner="eager")
-    losses_of(teacher, student, watched, wanted)["loss"].backward()
+    with hooks_while_recomputing():
+        losses_of(teacher, student, watched, wanted)["loss"].backward()
+    assert report(student).rewritten == SITES
     reference = SiteOutputs(spelled, SITES)
     with masked_attention(spelled, toy_rules(), TokenLayout(GRID)):
         losses_of(teacher, spelled, reference, wanted)["loss"].backward()

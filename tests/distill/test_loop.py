@@ -97,6 +97,17 @@ def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path: Path) -> None:
     assert [record["step"] for record in curve(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_a_disk_that_is_full_when_a_run_goes_on(tmp_path: Path, full_disk) -> None:
+    for record in train(network(), losses, CONFIG, tmp_path):
+        if record["step"] == 5:
+            break
+    full_disk(16)
+    with pytest.raises(DistillationError, match=r"log\.jsonl: .*too large.*step 4 is kept"):
+        list(train(network(), losses, CONFIG, tmp_path))
+    full_disk(2**40)
+    assert [record["step"] for record in curve(tmp_path)] == [1, 2, 3, 4, 5]
+
+
 def test_accumulated_batches_are_one_large_one(tmp_path: Path) -> None:
     """The same six samples a step; sums of float32 in another order, over seven steps."""
     whole, parts = network(), network()
@@ -217,12 +228,42 @@ def test_the_rate_warms_up_and_falls() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [{"steps": 0}, {"steps": 1, "batch": 1.5}, {"steps": 1, "learning_rate": 0.0},
-     {"steps": 1, "average": 1.0}],
+     {"steps": 1, "average": 1.0}, {"steps": 1, "betas": (0.9, 1.5)},
+     {"steps": 1, "weight_decay": -1.0}],
     ids=str,
 )  # fmt: skip
 def test_settings_are_checked(wrong: dict) -> None:
     with pytest.raises(DistillationError, match="expected"):
         TrainingConfig(**wrong)
+
+
+def test_a_stage_that_recomputes_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    """The next stage may reuse residuals, which must not be written twice."""
+
+    class Recomputing(nn.Sequential):
+        is_gradient_checkpointing = False
+
+        def enable_gradient_checkpointing(self) -> None:
+            self.is_gradient_checkpointing = True
+
+        def disable_gradient_checkpointing(self) -> None:
+            self.is_gradient_checkpointing = False
+
+    seen = []
+
+    def noting(model: nn.Module, numbers: Numbers) -> dict[str, torch.Tensor]:
+        seen.append(model.is_gradient_checkpointing)
+        return losses(model, numbers)
+
+    model, config = Recomputing(*network()), TrainingConfig(steps=2, checkpointing=True)
+    list(train(model, noting, config, tmp_path / "whole"))
+    assert seen == [True, True]
+    assert not model.is_gradient_checkpointing
+    next(train(model, noting, config, tmp_path / "broken off"))
+    assert not model.is_gradient_checkpointing
+    with pytest.raises(DistillationError, match="Sequential has none; set checkpointing=False"):
+        list(train(network(), losses, config, tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
 
 
 def test_bfloat16_computes_and_float32_learns(tmp_path: Path) -> None:

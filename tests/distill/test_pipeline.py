@@ -20,6 +20,7 @@ from evdit_opt.demo.tinywan import load_tinywan
 from evdit_opt.distill import encode, pipeline
 from evdit_opt.distill.checkpoint import load_state
 from evdit_opt.distill.config import FinetuneConfig
+from evdit_opt.distill.data import write_shards
 from evdit_opt.distill.encode import VideoData
 from evdit_opt.distill.loop import TrainingConfig
 from evdit_opt.distill.pipeline import Finetuning, finetune
@@ -197,6 +198,11 @@ def test_a_killed_run_goes_on_at_its_stage_and_step(
         raise AssertionError("a stage that is done was trained again")
 
     monkeypatch.setattr(pipeline, "train", never)
+    for changed, steps in ((config, 3), (replace(config, guidance=3.0), 2)):
+        with pytest.raises(
+            DistillationError, match=r"begun with, got others \((steps 2, now 3|gui)"
+        ):
+            finetune(load_tinywan(), PROMPTS, changed, steps=steps, search=SEARCH)
     third = load_tinywan()
     finetune(third, PROMPTS, config, steps=2, search=SEARCH)
     assert torch.equal(clip(third), clip(again))
@@ -214,6 +220,37 @@ def test_a_rehearsal_changes_nothing(tmp_path: Path) -> None:
     for name, value in pipe.transformer.state_dict().items():
         assert torch.equal(value, before[name])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rehearsal_computes_as_the_training_will(tmp_path: Path) -> None:
+    stage = replace(SHORT, bf16=True, checkpointing=True, average=0.9)
+    pipe = load_tinywan()
+    run = Finetuning(
+        pipe, PROMPTS, settings(tmp_path, stages=("consistency",), consistency=stage), 2, SEARCH
+    )
+    seen = []
+    pipe.transformer.blocks[0].attn1.to_q.register_forward_hook(
+        lambda *given: seen.append((given[-1].dtype, pipe.transformer.is_gradient_checkpointing))
+    )
+    [found] = rehearse(run)
+    assert set(seen) == {(torch.bfloat16, True)}
+    assert not pipe.transformer.is_gradient_checkpointing
+    assert found.training_gib == pytest.approx(4 * 4 * found.trained / 2**30)
+
+
+def test_without_a_consistency_stage_the_wrapped_solver_steps(tmp_path: Path) -> None:
+    """What was not trained for segments, nor to be its own guidance, is not called so."""
+    pipe = load_tinywan()
+    run = Finetuning(pipe, PROMPTS, settings(tmp_path, stages=("search", "knowledge")), 2, SEARCH)
+    run.finish()
+    other = load_tinywan()
+    restore_finetuned(other, tmp_path / "result")
+    for scheduler in (pipe.scheduler, other.scheduler):
+        assert (scheduler.config.steps, scheduler.config.segments) == (2, None)
+    Finetuning(load_tinywan(), PROMPTS, settings(tmp_path), 2, SEARCH).finish()
+    restored = load_tinywan()
+    restore_finetuned(restored, tmp_path / "result")
+    assert restored.scheduler.config.segments == 2
 
 
 def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
@@ -241,5 +278,25 @@ def test_what_cannot_be_trained_is_said_first(tmp_path: Path) -> None:
     with pytest.raises(DistillationError, match="search with reuse=False"):
         Finetuning(pipe, PROMPTS, checkpointed, 2, replace(SEARCH, reuse=True))
     Finetuning(pipe, PROMPTS, checkpointed, 2, SEARCH)
+    pipe.transformer.enable_gradient_checkpointing()
+    with pytest.raises(DistillationError, match="search with reuse=False"):
+        Finetuning(pipe, PROMPTS, settings(tmp_path), 2, replace(SEARCH, reuse=True))
+    for given, message in (
+        ({"knowledge": replace(SHORT, shard=True)}, "shard in the consistency stage only"),
+        ({"consistency": replace(SHORT, shard=True)}, "the only one; launch with torchrun"),
+        ({"latents": tmp_path / "none"}, "found none"),
+        ({"data": VideoData(videos=tmp_path / "none")}, "a folder of videos"),
+    ):
+        with pytest.raises(DistillationError, match=message):
+            Finetuning(pipe, PROMPTS, settings(tmp_path, **given), 2, SEARCH)
+    write_shards(tmp_path / "small", 1, lambda n: (torch.zeros(8, 1, 8, 8), "a"))
+    with pytest.raises(DistillationError, match=r"latents \[8, 5, 8, 8\] .*got \[8, 1, 8, 8\]"):
+        Finetuning(pipe, PROMPTS, settings(tmp_path, latents=tmp_path / "small"), 2, SEARCH)
+    half = load_tinywan().to(torch.bfloat16)
+    with pytest.raises(DistillationError, match="weights in float32 to train all"):
+        Finetuning(half, PROMPTS, settings(tmp_path), 2, SEARCH)
+    Finetuning(half, PROMPTS, settings(tmp_path, lora_rank=2), 2, SEARCH)
+    with pytest.raises(DistillationError, match=r"without adapters.*fuse_lora\(\)"):
+        Finetuning(half, PROMPTS, settings(tmp_path), 2, SEARCH)
     with pytest.raises(DistillationError, match="steps and finetune together"):
         optimize(pipe, PROMPTS, SEARCH, steps=2)

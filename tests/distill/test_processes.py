@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from evdit_opt.distill.checkpoint import load_state
+from evdit_opt.distill.loop import TrainingConfig, train
+from evdit_opt.errors import DistillationError
 
 
 @pytest.mark.parametrize(
@@ -21,16 +24,13 @@ from evdit_opt.distill.checkpoint import load_state
     ],
 )
 def test_a_launch_that_is_not_supported_is_said(
-    tmp_path: Path, name: str, value: str, message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
 ) -> None:
-    """In a process of its own: accelerate reads its variables once a process."""
-    script = Path(__file__).with_name("one_run.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), "2"],
-        env={**os.environ, name: value}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert f"DistillationError: expected a launch {message}" in done.stderr
+    """Before anything is written, and so before anything is made."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(DistillationError, match=f"expected a launch {message}"):
+        list(train(nn.Linear(2, 2), lambda *_: {}, TrainingConfig(steps=1), tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import WanVideoToVideoPipeline
+from diffusers import WanImageToVideoPipeline, WanTransformer3DModel, WanVideoToVideoPipeline
+from PIL import Image
 
 import evdit_opt
 from evdit_opt import FewStepScheduler
@@ -93,6 +94,40 @@ def test_video_to_video_starts_inside_the_schedule(pipe, segments):
         **call,
     ).frames
     assert seen == pipe.scheduler.timesteps.tolist()[2:]
+    assert bool(result.isfinite().all())
+
+
+@pytest.mark.parametrize("segments", [None, 3])
+def test_image_to_video(pipe, segments):
+    """A condition beside the latents: 8 channels, and 2 that say which frames are given."""
+    torch.manual_seed(0)
+    sizes = {**pipe.transformer.config, "in_channels": 18, "num_layers": 1}
+    transformer = WanTransformer3DModel.from_config(sizes).eval()
+    again = WanImageToVideoPipeline(
+        tokenizer=pipe.tokenizer,
+        text_encoder=pipe.text_encoder,
+        vae=pipe.vae,
+        transformer=transformer,
+        scheduler=FewStepScheduler(pipe.scheduler, steps=3, segments=segments),
+    )
+    again.set_progress_bar_config(disable=True)
+    seen = []
+
+    def callback(pipeline, number, timestep, tensors):
+        seen.append(float(timestep))
+        return {}
+
+    result = again(
+        image=Image.new("RGB", (16, 16), "red"),
+        prompt=PROMPT,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+        callback_on_step_end=callback,
+        **{**SMALL, "num_frames": 5},
+    ).frames
+    assert seen == again.scheduler.timesteps.tolist()
+    assert len(seen) == 3
+    assert result.shape[1] == 8
     assert bool(result.isfinite().all())
 
 

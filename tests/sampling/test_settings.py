@@ -108,6 +108,17 @@ def test_pure_noise_and_noise_prediction():
         FewStepScheduler(wrapped, steps=4).set_timesteps(4)
 
 
+def test_gamma_without_training_timesteps():
+    from diffusers import EulerDiscreteScheduler
+
+    wrapped = EulerDiscreteScheduler(
+        prediction_type="v_prediction", timestep_type="continuous", sigma_min=0.002, sigma_max=700.0
+    )
+    FewStepScheduler(wrapped, steps=4, segments=4).set_timesteps(4)
+    with pytest.raises(SchedulerError, match=r"gamma 0 with continuous timesteps, got 0\.3"):
+        FewStepScheduler(wrapped, steps=4, segments=4, gamma=0.3)
+
+
 def test_a_stochastic_solver_under_segments():
     from diffusers import DPMSolverMultistepScheduler
 
