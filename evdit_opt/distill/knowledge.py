@@ -224,19 +224,30 @@ class EdgeWalk:
         return points, output
 
 
-def train_only(model: nn.Module, sites: Iterable[str]) -> int:
-    """Let only the parameters of some modules train.
+def train_only(
+    model: nn.Module, trainable: Iterable[str], sites: Iterable[str] | None = None
+) -> int:
+    """Let some parameters of a model train: all that may, or those within some modules.
+
+    Args:
+        model: the model.
+        trainable: names of the parameters that may.
+        sites: paths of the modules; None: all of the model.
 
     Returns:
         How many numbers are trained.
 
     Raises:
-        DistillationError: the modules have none.
+        DistillationError: there are none.
     """
-    model.requires_grad_(False)
-    for site in sites:
-        model.get_submodule(site).requires_grad_(True)
+    names = set(trainable)
+    inside = None if sites is None else tuple(f"{site}." for site in sites)
+    for name, value in model.named_parameters():
+        value.requires_grad_(name in names and (inside is None or name.startswith(inside)))
     count = sum(value.numel() for value in model.parameters() if value.requires_grad)
     if not count:
-        raise DistillationError("expected parameters in the modules to train, they have none")
+        raise DistillationError(
+            "expected parameters to train within the plan's sites, they have none; set "
+            "attention_only=False"
+        )
     return count

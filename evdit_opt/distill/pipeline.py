@@ -26,7 +26,7 @@ from evdit_opt.distill.conditions import Conditions
 from evdit_opt.distill.config import FinetuneConfig
 from evdit_opt.distill.data import LatentShards, teacher_latents
 from evdit_opt.distill.encode import encode_videos
-from evdit_opt.distill.knowledge import SiteOutputs, hooks_while_recomputing
+from evdit_opt.distill.knowledge import SiteOutputs, hooks_while_recomputing, train_only
 from evdit_opt.distill.loop import Losses, TrainingConfig, require_possible, train
 from evdit_opt.distill.processes import first_process, processes
 from evdit_opt.distill.samples import write_samples
@@ -221,7 +221,7 @@ class Finetuning:
         done = "consistency" in config.stages[:index]
         edges = self.steps if done else min(config.full_steps, 4 * self.steps)
         teacher = copy.deepcopy(self.model).requires_grad_(False)
-        self._train_only(sites if config.attention_only else None)
+        train_only(self.model, self.trainable, sites if config.attention_only else None)
         watched, wanted = SiteOutputs(self.model, sites), SiteOutputs(teacher, sites)
         apply.apply_plan(self.model, self.plan, inner="eager")
         try:
@@ -234,7 +234,7 @@ class Finetuning:
         finally:
             apply.restore(self.model)
             watched.remove()
-            self._train_only(None)
+            train_only(self.model, self.trainable)
 
     def finish(self) -> Plan | None:
         """Save the result, and give the pipeline its scheduler."""
@@ -346,15 +346,3 @@ class Finetuning:
             full_steps=config.full_steps,
             time_shift=config.time_shift,
         )
-
-    def _train_only(self, sites: Sequence[str] | None) -> None:
-        """Train what there is to train, everywhere or within some modules."""
-        inside = None if sites is None else tuple(f"{site}." for site in sites)
-        names = set(self.trainable)
-        for name, value in self.model.named_parameters():
-            value.requires_grad_(name in names and (inside is None or name.startswith(inside)))
-        if not self.trained:
-            raise DistillationError(
-                "expected parameters to train within the plan's sites, they have none; set "
-                "attention_only=False"
-            )

@@ -55,7 +55,7 @@ def test_a_sparse_student_learns_on_the_sparse_op(only: bool) -> None:
     teacher = toy()
     student = copy.deepcopy(teacher)
     if only:
-        trained = train_only(student, SITES)
+        trained = train_only(student, dict(student.named_parameters()), SITES)
         assert trained == sum(
             p.numel() for s in SITES for p in student.get_submodule(s).parameters()
         )
@@ -128,7 +128,7 @@ def test_other_sites_are_refused() -> None:
     with pytest.raises(DistillationError, match="one above"):
         KnowledgeWeights(output=0.0, attention=0.0)
     with pytest.raises(DistillationError, match="have none"):
-        train_only(torch.nn.Sequential(torch.nn.ReLU()), ["0"])
+        train_only(torch.nn.Sequential(torch.nn.ReLU()), [], ["0"])
 
 
 def test_a_walk_goes_along_the_teachers_edges_also_when_it_resumes() -> None:

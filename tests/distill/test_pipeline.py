@@ -12,8 +12,9 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from diffusers import WanPipeline
 
-from evdit_opt import Config, FewStepScheduler, Plan, optimize
+from evdit_opt import Config, FewStepScheduler, Plan, apply_plan, optimize
 from evdit_opt.apply import is_optimized
 from evdit_opt.demo.clips import draw_clip, sample_clip
 from evdit_opt.demo.tinywan import load_tinywan
@@ -27,7 +28,9 @@ from evdit_opt.distill.pipeline import Finetuning, finetune
 from evdit_opt.distill.rehearsal import rehearse
 from evdit_opt.distill.saved import restore_finetuned
 from evdit_opt.errors import DistillationError
+from evdit_opt.masks import Rule
 from evdit_opt.plan import PLAN_FILE
+from tests.models.toy_dit import make_plan
 
 CALL = {"num_frames": 9, "height": 32, "width": 32, "max_sequence_length": 16}
 PROMPTS = ("a red circle moving left", "a blue square moving up", "a green plus moves down")
@@ -82,6 +85,10 @@ def test_optimize_trains_saves_and_restores_bit_for_bit(tmp_path: Path, rank: in
     restored = restore_finetuned(other, tmp_path / "result", inner="eager")
     assert restored == plan
     assert torch.equal(clip(other), made)
+    if rank is None:  # as any other pipeline; diffusers cannot load one with adapters in it
+        pipe.save_pretrained(tmp_path / "whole")
+        loaded = WanPipeline.from_pretrained(tmp_path / "whole")
+        assert torch.equal(clip(apply_plan(loaded, plan, inner="eager")), made)
     changed = pipe.transformer.state_dict()
     base = {name for name in before if name in changed}
     assert all(torch.equal(changed[name], before[name]) for name in base) is (rank is not None)
@@ -251,6 +258,29 @@ def test_without_a_consistency_stage_the_wrapped_solver_steps(tmp_path: Path) ->
     restored = load_tinywan()
     restore_finetuned(restored, tmp_path / "result")
     assert restored.scheduler.config.segments == 2
+
+
+def test_the_student_is_sampled_at_the_points_that_it_is_trained_at(tmp_path: Path) -> None:
+    run = Finetuning(load_tinywan(), PROMPTS, settings(tmp_path, time_shift=2.0), 3, SEARCH)
+    segments = run._setting(3).segments
+    run.few.set_timesteps(50)
+    edges = list(segments.edges[:-1])
+    assert segments.timesteps[edges].tolist() == run.few.timesteps.tolist()
+    plain = Finetuning(load_tinywan(), PROMPTS, settings(tmp_path), 3, SEARCH)._setting(3)
+    assert plain.segments.edges != segments.edges
+
+
+def test_only_the_sites_are_trained_on_request(tmp_path: Path) -> None:
+    stages = ("search", "knowledge")
+    for only in (False, True):
+        config = settings(tmp_path / str(only), stages=stages, attention_only=only)
+        run = Finetuning(load_tinywan(), PROMPTS, config, 2, SEARCH)
+        run.plan, every = make_plan(run.model, {"blocks.1.attn1": Rule(1)}), run.trained
+        with run.losses(1):
+            names = {n for n, value in run.model.named_parameters() if value.requires_grad}
+            assert all(name.startswith("blocks.1.attn1.") for name in names) is only
+            assert names
+        assert run.trained == every
 
 
 def test_a_damaged_result_is_refused(tmp_path: Path) -> None:

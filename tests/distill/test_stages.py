@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from evdit_opt.distill.config import FinetuneConfig
-from evdit_opt.distill.knowledge import SiteOutputs
+from evdit_opt.distill.knowledge import KnowledgeWeights, SiteOutputs
 from evdit_opt.distill.loop import Numbers, TrainingConfig
 from evdit_opt.distill.segments import segments_of
 from evdit_opt.distill.stages import Setting, consistency_stage, knowledge_stage
@@ -54,6 +54,9 @@ def setting(**changes: object) -> Setting:
 
 def numbers(step: int, rows: tuple[int, ...], total: int = 4) -> Numbers:
     return Numbers(step=step, samples=tuple(step * total + row for row in rows), total=total)
+
+
+ONE = numbers(1, (0,))
 
 
 class Latents:
@@ -112,3 +115,38 @@ def test_knowledge_after_consistency_calls_the_teacher_once_a_step() -> None:
     assert len(teacher.heard) == len(student.heard) == 6
     assert teacher.heard == student.heard
     assert teacher.heard[0] == teacher.heard[2] != teacher.heard[3]
+
+
+@torch.no_grad()
+def test_huber_is_that_of_the_settings() -> None:
+    square, huber = (
+        float(consistency_stage(setting(**given), Talking(), Latents())(Talking(), ONE)["loss"])
+        for given in ({}, {"huber": 0.3})
+    )
+    assert square > 1e-3
+    assert huber == pytest.approx((square + 0.3**2) ** 0.5 - 0.3)
+
+
+@torch.no_grad()
+def test_the_teacher_begins_with_as_few_steps_as_the_settings_say() -> None:
+    """One a segment lands on its edge, where the student has no say."""
+    calls = []
+    for first in (1, 4):
+        student = Talking()
+        losses = consistency_stage(setting(first_teacher_steps=first), Talking(), Latents())
+        for row in range(8):
+            losses(student, numbers(0, (row,), 8))
+        calls.append(len(student.heard))
+    assert calls[0] == 8 < calls[1]
+
+
+@torch.no_grad()
+def test_the_terms_of_knowledge_count_as_the_settings_say() -> None:
+    teacher, student = Talking(), Talking()
+    student.site.weight.mul_(1.5)
+    hooks = SiteOutputs(student, ["site"]), SiteOutputs(teacher, ["site"])
+    weights = KnowledgeWeights(output=0.5, attention=3.0)
+    found = knowledge_stage(setting(weights=weights), teacher, *hooks, 1.0, None)(student, ONE)
+    wanted = 0.5 * float(found["output"]) + 3.0 * float(found["attention"])
+    assert float(found["loss"]) == pytest.approx(wanted)
+    assert min(float(found["output"]), float(found["attention"])) > 1e-3

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanImageToVideoPipeline, WanTransformer3DModel, WanVideoToVideoPipeline
+from peft import get_peft_model_state_dict
 from PIL import Image
 
 import evdit_opt
 from evdit_opt import FewStepScheduler
 from evdit_opt.demo.tinywan import load_tinywan
+from evdit_opt.distill.adapters import add_lora
 from evdit_opt.errors import CalibrationError, NonFiniteOutputError
 from evdit_opt.sampling.measure import measure_jump_errors, measure_placement
 
@@ -95,6 +97,25 @@ def test_video_to_video_starts_inside_the_schedule(pipe, segments):
     ).frames
     assert seen == pipe.scheduler.timesteps.tolist()[2:]
     assert bool(result.isfinite().all())
+
+
+def test_a_lora_from_a_file_is_sampled_in_few_steps(tmp_path):
+    """As consistency and DMD adapters are published: a file that diffusers' pipelines load."""
+    trained = load_tinywan()
+    add_lora(trained.transformer, 2, ("to_q", "to_v"), seed=0)
+    for name, value in trained.transformer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.1)
+    layers = get_peft_model_state_dict(trained.transformer)
+    type(trained).save_lora_weights(tmp_path, transformer_lora_layers=layers)
+    loaded = load_tinywan()
+    loaded.load_lora_weights(tmp_path)
+    results = []
+    for one in (loaded, trained, load_tinywan()):
+        one.scheduler = FewStepScheduler(one.scheduler, steps=2, segments=2)
+        results.append(latents(one))
+    assert torch.equal(results[0], results[1])
+    assert not torch.allclose(results[0], results[2], atol=1e-2)
 
 
 @pytest.mark.parametrize("segments", [None, 3])
