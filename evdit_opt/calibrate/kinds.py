@@ -152,15 +152,18 @@ class Planner:
         """The plan where no rule is good enough, with what every rule would cost.
 
         Args:
-            budget: 1 and more: dense attention is all that was asked for, or that kept the floors.
+            budget: what might have been spent. 1 and more: dense attention is all that was asked
+                for, or that kept the floors.
         """
         errors = self.problem.errors
         plan = self.drafter.draft(dict.fromkeys(errors), errors, self.config.threshold)
         config = self.config
-        if budget < 1.0 or not any(errors.values()):
+        if not any(errors.values()):
             return plan
         if config.density is not None or config.speedup is not None:
-            reason = "dense: that is all that was asked for"
+            cheap = budget < 1.0
+            reason = "no rule is cheaper here" if cheap else "that is all that was asked for"
+            reason = f"dense: {reason}"
         elif config.has_floors:
             reason = "dense: no cheaper plan kept the quality floor"
         else:

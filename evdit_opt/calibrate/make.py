@@ -120,21 +120,22 @@ def make_plan(
         budget, explored = find_budget(stage, planner, clock, rehearsed)
         kind, drafted = choose_kind(stage, planner, budget, rehearsed)
     if kind is None or drafted is None:
+        _tell_missed(config, budget, 1.0)
         plan = planner.all_dense(budget)
         return replace(plan, calibration=replace(plan.calibration, explored=explored))
-    _tell_missed(config, budget, drafted)
+    _tell_missed(config, budget, drafted.price)
     found = replace(drafted.plan.calibration, explored=explored)
     drafted = replace(drafted, plan=replace(drafted.plan, calibration=found))
     return _verify(drafter, kind, drafted, clock, searched, kept)
 
 
-def _tell_missed(config: Config, budget: float, drafted: Drafted) -> None:
+def _tell_missed(config: Config, budget: float, price: float) -> None:
     asked = f"density {config.density}" if config.speedup is None else f"speedup {config.speedup}"
-    if asked != "density None" and drafted.price > budget * (1 + 1e-6):
+    if asked != "density None" and price > budget * (1 + 1e-6):
         logger.warning(
             "%s is out of reach: it allows a price of %.3f of dense attention, the cheapest plan "
             "that was found has %.3f",
-            asked, budget, drafted.price,
+            asked, budget, price,
         )  # fmt: skip
 
 

@@ -18,14 +18,20 @@ def frontier(plan: Plan) -> Iterator[Html]:
     tried = (*trials, *plan.calibration.explored)
     if not tried:
         return
+    chosen = "None was chosen: all layers stay dense."
+    if trials:
+        chosen = (
+            "The first was chosen: errors of the video and of its change over time count alike."
+        )
+    elif plan.rules:
+        chosen = "The one that was chosen was run on held-out clips only."
     yield tag("h2", "Plans that were tried")
     yield tag(
         "p",
         "Whole calibration runs against dense runs of the same seeds, by what they compute. "
-        + ("The first was chosen: errors of the video and of its change over time count alike."
-           if trials else "The one that was chosen was run on held-out clips only."),
+        + chosen,
         class_="quiet",
-    )  # fmt: skip
+    )
     yield _drawing(tried[:MAX_POINTS], chosen=bool(trials))
     columns = ("", "plan", "computed", "PSNR", "error", "frame to frame")
     head = tag("tr", *(tag("th", text) for text in columns))

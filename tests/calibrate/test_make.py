@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 
+from evdit_opt.calibrate import make
+from evdit_opt.calibrate.clock import Clock
+from evdit_opt.calibrate.draft import Drafter
 from evdit_opt.calibrate.make import make_plan
+from evdit_opt.calibrate.prices import Prices, RulePrice
+from evdit_opt.calibrate.record import Recording
 from evdit_opt.config import Config
 from evdit_opt.errors import CalibrationError
 from evdit_opt.grid import VideoGrid
@@ -50,6 +55,20 @@ def test_a_dense_answer_says_why_and_what_was_run(tmp_path: Path) -> None:
     assert len(plan.calibration.explored) == 5
     plan = make_plan(toy(1), calls(4), replace(SETTINGS, density=1.0))
     assert plan.sites[0].reason == "dense: that is all that was asked for"
+
+
+def test_where_no_rule_is_faster_it_stays_dense_and_that_is_said(monkeypatch, caplog) -> None:
+    site = "blocks.0.attn1"
+
+    def slow(_: Drafter, recording: Recording) -> Clock:
+        rules = {own.rule: RulePrice(2.0, 2.0, 3.0) for own in recording.errors[site]}
+        return Clock(10.0, 4.0, Prices({site: 1.0}, {site: rules}), 1, "a device")
+
+    monkeypatch.setattr(make, "measure_clock", slow)
+    with caplog.at_level(logging.WARNING):
+        plan = make_plan(toy(1), calls(4), replace(SETTINGS, density=None, speedup=1.2))
+    assert plan.sites[0].reason == "dense: no rule is cheaper here"
+    assert "speedup 1.2 is out of reach" in caplog.text
 
 
 def test_a_floor_that_nothing_could_be_held_to_is_refused_at_once() -> None:

@@ -61,6 +61,11 @@ def test_without_psnr_the_frontier_goes_by_the_error() -> None:
     assert "error, logarithmic" in page
     page = join(*frontier(with_trials(explored=(WORSE,))))
     assert "dot-chosen" not in page
+    assert "was run on held-out clips only" in page
+    plan = with_trials(explored=(WORSE,))
+    dense = tuple(replace(site, rule=None, density=1.0) for site in plan.sites)
+    page = join(*frontier(replace(plan, sites=dense, reuse=None)))
+    assert "None was chosen: all layers stay dense" in page
 
 
 @given(st.lists(trials, min_size=1, max_size=4))
