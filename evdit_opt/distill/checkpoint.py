@@ -79,6 +79,7 @@ class TrainingState:
         trained: parameters by name.
         optimizer: theirs.
         settings: a checkpoint of others is refused.
+        samples: a step, in all processes: they number what a step sees.
         decay: of the moving average; None: none.
     """
 
@@ -87,8 +88,10 @@ class TrainingState:
         trained: dict[str, nn.Parameter],
         optimizer: Any,
         settings: Mapping[str, Any],
+        samples: int,
         decay: float | None,
     ) -> None:
+        self.samples = samples
         self.trained, self.optimizer, self.settings = trained, optimizer, dict(settings)
         self.decay, self.average = decay, None
         if decay is not None:
@@ -107,6 +110,7 @@ class TrainingState:
             "step": self.step,
             "seconds": self.seconds,
             "config": self.settings,
+            "samples": self.samples,
             "weights": {name: whole(value.detach()) for name, value in self.trained.items()},
             "average": average and {name: whole(value) for name, value in average.items()},
             "optimizer": optimizer,
@@ -120,6 +124,11 @@ class TrainingState:
             raise DistillationError(
                 f"expected the settings that {folder / STATE} was begun with, {state['config']}, "
                 f"got {self.settings}; go on with those, or choose another folder"
+            )
+        if state.get("samples", self.samples) != self.samples:
+            raise DistillationError(
+                f"expected {state['samples']} samples a step, as {folder / STATE} was begun with, "
+                f"got {self.samples}; launch as many processes as then, or choose another folder"
             )
         if state["weights"].keys() != self.trained.keys():
             raise DistillationError(

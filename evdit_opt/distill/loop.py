@@ -187,7 +187,8 @@ def train(
     optimizer = torch.optim.AdamW(
         trained.values(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay
     )
-    state = TrainingState(trained, optimizer, config.settings(), config.average)
+    total = config.batch * config.accumulate * accelerator.num_processes
+    state = TrainingState(trained, optimizer, config.settings(), total, config.average)
     folder.mkdir(parents=True, exist_ok=True)
     state.restore(folder)
     if accelerator.is_main_process:
@@ -195,7 +196,6 @@ def train(
     many = accelerator.num_processes > 1 and not config.shard
     if many:
         begin_alike(trained.values())
-    per_process = config.batch * config.accumulate
     started = time.monotonic() - state.seconds
     with _tracked(accelerator, state.step), recomputing(worker, config.checkpointing):
         while state.step < config.steps:
@@ -220,7 +220,7 @@ def train(
             curves = {"learning_rate": rate, "gradient_norm": norm, **totals}
             record = {
                 "step": state.step,
-                "samples": state.step * per_process * accelerator.num_processes,
+                "samples": state.step * total,
                 "seconds": round(state.seconds, 2),
                 **curves,
             }

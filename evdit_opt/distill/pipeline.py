@@ -201,10 +201,10 @@ class Finetuning:
             latents = latents or self._latents()
             # Its samples are single points of a run, where there is nothing to reuse.
             plan = None if self.plan is None else without_reuse(self.plan)
+            setting = self._setting(self.steps, latents)  # stops in a call, which no graph can
             if plan is not None:
                 apply.apply_plan(self.model, plan, inner="eager")
             try:
-                setting = self._setting(self.steps, latents)
                 yield consistency_stage(setting, self.teacher, latents), config.consistency
             finally:
                 if plan is not None:
@@ -220,12 +220,12 @@ class Finetuning:
         # Few calls are all a consistency student makes; before that, more points are what matters.
         done = "consistency" in config.stages[:index]
         edges = self.steps if done else min(config.full_steps, 4 * self.steps)
+        setting = self._setting(edges)
         teacher = copy.deepcopy(self.model).requires_grad_(False)
         train_only(self.model, self.trainable, sites if config.attention_only else None)
         watched, wanted = SiteOutputs(self.model, sites), SiteOutputs(teacher, sites)
         apply.apply_plan(self.model, self.plan, inner="eager")
         try:
-            setting = self._setting(edges)
             guidance = 1.0 if done else config.guidance
             reuse = self.plan.reuse
             losses = knowledge_stage(setting, teacher, watched, wanted, guidance, reuse)

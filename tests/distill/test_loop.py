@@ -207,6 +207,17 @@ def test_other_settings_do_not_continue_a_run(tmp_path: Path) -> None:
         list(train(nn.Linear(4, 4), losses, TrainingConfig(steps=2), tmp_path))
 
 
+def test_another_number_of_processes_does_not_continue_a_run(tmp_path: Path) -> None:
+    """Their samples have other numbers: some would be seen twice, some never."""
+    config = TrainingConfig(steps=2, batch=3, accumulate=2)
+    list(train(network(), losses, config, tmp_path))
+    state = load_state(tmp_path)
+    assert state["samples"] == 6
+    save_atomically(tmp_path / "state.pt", {**state, "samples": 12})
+    with pytest.raises(DistillationError, match=r"12 samples a step.*got 6; launch as many"):
+        list(train(network(), losses, config, tmp_path))
+
+
 def test_only_what_requires_gradients_is_trained(tmp_path: Path) -> None:
     model = network()
     model[0].requires_grad_(False)

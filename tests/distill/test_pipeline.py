@@ -270,7 +270,9 @@ def test_the_student_is_sampled_at_the_points_that_it_is_trained_at(tmp_path: Pa
     assert plain.segments.edges != segments.edges
 
 
-def test_only_the_sites_are_trained_on_request(tmp_path: Path) -> None:
+def test_only_the_sites_are_trained_on_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     stages = ("search", "knowledge")
     for only in (False, True):
         config = settings(tmp_path / str(only), stages=stages, attention_only=only)
@@ -281,6 +283,7 @@ def test_only_the_sites_are_trained_on_request(tmp_path: Path) -> None:
             assert all(name.startswith("blocks.1.attn1.") for name in names) is only
             assert names
         assert run.trained == every
+    assert "compiled in parts" not in caplog.text  # nothing stops in the midst of a graph
 
 
 def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
