@@ -172,7 +172,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     frames, reuse = plan.grid.frames, plan.reuse
     modes = () if reuse is None else reuse.modes(reuse.levels)
     return {
-        "rules": {s.name: s.rule.describe(frames) if s.rule else "dense" for s in plan.sites},
+        "rules": {s.name: s.describe(frames) for s in plan.sites},
         "refreshes": [step for step, mode in enumerate(modes) if mode == "refresh"],
         "trial": plan.calibration.trials[0].name if plan.calibration.trials else None,
     }

@@ -208,7 +208,7 @@ def measure(
     plan = Plan.load(folder / f"{name}.evdit.json")
     return {
         "model": plan.model_class,
-        "rules": [site.rule.describe(plan.grid.frames) for site in plan.sites if site.rule],
+        "rules": [site.describe(plan.grid.frames) for site in plan.sites if site.rule],
         "density": plan.density,
         "median_ms": medians,
         "speedup": best["dense"] / best["sparse"],

@@ -18,11 +18,12 @@ from evdit_opt.passes.capture import restore_call
 from evdit_opt.passes.decide_site import SiteOutcome
 from evdit_opt.passes.marks import RootMark, add_marks
 from evdit_opt.passes.scopes import SparseAttend, add_scopes
-from evdit_opt.passes.site_mark import SiteSpec, Way
+from evdit_opt.passes.site_mark import Way
 from evdit_opt.plan import Plan, SitePlan
 from evdit_opt.report import Report
 from evdit_opt.reuse import Reusing
 from evdit_opt.running import Running, require_no_compiled_parts
+from evdit_opt.site_plan import site_spec
 
 __all__ = ["apply_plan", "is_optimized", "report", "restore"]
 
@@ -165,7 +166,8 @@ def report(model: nn.Module) -> Report:
         if site.rule is None:
             sites.append(SiteOutcome(site.name, None, 1.0, site.reason))
             continue
-        waiting = SiteOutcome(site.name, site.rule, 1.0, _not_compiled(applied.graphs))
+        why = _not_compiled(applied.graphs)
+        waiting = SiteOutcome(site.name, site.rule, 1.0, why, second=site.second)
         like = shared.get(_spec(site, applied.plan), waiting)
         sites.append(replace(applied.compiled.get(site.name, like), name=site.name))
     choices = autotune.choices() if applied.impl == "auto" else ()
@@ -234,8 +236,7 @@ def _specs(plan: Plan, way: Way) -> dict[str, str]:
 
 
 def _spec(site: SitePlan, plan: Plan) -> str:
-    assert site.rule is not None
-    return SiteSpec(site.rule, site.layout.prefix, site.layout.suffix, plan.min_tokens).encode()
+    return site_spec(site, plan.min_tokens).encode()
 
 
 def _applied(model: nn.Module) -> Applied:

@@ -79,7 +79,7 @@ def expected_errors(plan: Plan) -> dict[str, float]:
             continue
         if site.error is not None:
             found[site.name] = site.error
-        elif site.name not in reusing:
+        elif site.name not in reusing and site.second is None:
             rule = site.rule.describe(frames)
             known = [own.output for own in site.errors if own.rule == rule]
             if known:

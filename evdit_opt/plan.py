@@ -23,9 +23,6 @@ from evdit_opt.plan_records import (
     CalibrationRecord,
     FinetuneRecord,
     ReuseRecord,
-    RuleEvidence,
-    SiteLayout,
-    SitePlan,
     SpeedRecord,
     TrendPoint,
     TrialRecord,
@@ -33,6 +30,8 @@ from evdit_opt.plan_records import (
     require_text,
 )
 from evdit_opt.quality import QualityReport
+from evdit_opt.second_rule import SecondRule
+from evdit_opt.site_plan import RuleEvidence, SiteLayout, SitePlan
 
 __all__ = [
     "PLAN_FILE",
@@ -41,6 +40,7 @@ __all__ = [
     "Plan",
     "ReuseRecord",
     "RuleEvidence",
+    "SecondRule",
     "SiteLayout",
     "SitePlan",
     "SpeedRecord",
@@ -117,6 +117,11 @@ class Plan:
             without = sorted(set(self.reuse.sites) - set(self.rules))
             if without:
                 raise PlanError(f"expected a rule at every site that reuses, {without[0]} has none")
+            split = sorted(set(self.reuse.sites) & set(self.second_rules))
+            if split:
+                raise PlanError(
+                    f"expected one rule for all heads at every site that reuses, {split[0]} has two"
+                )
         reusing = () if self.reuse is None else self.reuse.sites
         for name, rule in self.rules.items():
             if rule.keeps_nothing and name not in reusing:
@@ -225,8 +230,13 @@ class Plan:
 
     @property
     def rules(self) -> dict[str, Rule]:
-        """The rule of every site that has one, by name."""
+        """The rule of every site that has one, by name; of those with two the first."""
         return {site.name: site.rule for site in self.sites if site.rule is not None}
+
+    @property
+    def second_rules(self) -> dict[str, SecondRule]:
+        """What some heads of a site do instead, by name of the site."""
+        return {site.name: site.second for site in self.sites if site.second is not None}
 
     def fingerprint(self) -> str:
         """SHA-256, in hex, of what changes the model's numbers: neither evidence nor versions."""
@@ -237,6 +247,7 @@ class Plan:
             grid_source=self.grid_source,
             min_tokens=self.min_tokens,
             reuse=None if self.reuse is None else replace(self.reuse, levels=(), memory=None),
+            second=tuple(self.second_rules.items()),
         )
         return hashlib.sha256(strict_json.dump(content).encode()).hexdigest()
 
@@ -313,7 +324,7 @@ class Plan:
                 )
         rows = [("site", "mask", "density", "reason")]
         for site in self.sites:
-            mask = "dense" if site.rule is None else site.rule.describe(grid.frames)
+            mask = site.describe(grid.frames)
             rows.append((site.name, mask, f"{site.density:.3f}", site.reason))
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         table = [
@@ -331,6 +342,9 @@ class _Numerics:
     grid_source: GridSource
     min_tokens: int
     reuse: ReuseRecord | None
+    second: tuple[tuple[str, SecondRule], ...] = field(
+        default=(), metadata={strict_json.OPTIONAL: True}
+    )  # not written where there is none, so that older plans keep their fingerprint
 
 
 def _read(path: Path) -> str:

@@ -6,7 +6,8 @@ Evidence (errors, trials, quality, versions) does not count: it changes nothing 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from evdit_opt.plan import Plan, SitePlan
+from evdit_opt.masks import Rule
+from evdit_opt.plan import Plan, SecondRule, SitePlan
 
 __all__ = ["Difference", "plan_differences"]
 
@@ -66,18 +67,18 @@ def _whole(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _site(plan: Plan, site: SitePlan) -> Iterator[tuple[str, str]]:
-    rule, reuse = site.rule, plan.reuse
-    yield "rule", "dense" if rule is None else _rule(plan, site)
+    rule, reuse, second = site.rule, plan.reuse, site.second
+    yield "rule", "dense" if rule is None else _rule(plan, rule)
+    yield "second rule", "none" if second is None else _rule(plan, second.rule)
+    yield "its heads", "none" if second is None else _heads(second)
     yield "density", f"{site.density:.6g}"
     yield "reuse", "yes" if reuse is not None and site.name in reuse.sites else "no"
     yield "text tokens", f"{site.layout.prefix} before, {site.layout.suffix} after"
     yield "way", site.way
 
 
-def _rule(plan: Plan, site: SitePlan) -> str:
+def _rule(plan: Plan, rule: Rule) -> str:
     """Never the same words for different rules, as 2:6 of 2 and of 3 references would be."""
-    rule = site.rule
-    assert rule is not None
     if rule.keeps_nothing:
         return rule.describe()
     window = f" + window {rule.window}" if rule.window else ""
@@ -86,3 +87,7 @@ def _rule(plan: Plan, site: SitePlan) -> str:
         f"{rule.describe(plan.grid.frames)} ({rule.references} references{window}, "
         f"{rule.weighting}{strength}, {rule.spacing})"
     )
+
+
+def _heads(second: SecondRule) -> str:
+    return f"{', '.join(map(str, second.heads))} of {second.total}"

@@ -1,16 +1,17 @@
-"""The records a plan is made of. Each refuses values outside its range with a ``PlanError``."""
+"""The records a plan is made of, but for its sites (see ``site_plan``).
+
+Each refuses values outside its range with a ``PlanError``.
+"""
 
 import bisect
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 from evdit_opt.errors import PlanError
 from evdit_opt.kernels.residual import PRECISIONS, Precision
-from evdit_opt.masks import Rule
-from evdit_opt.passes.site_mark import Way
 from evdit_opt.strict_json import OPTIONAL
 
 __all__ = [
@@ -18,9 +19,6 @@ __all__ = [
     "CalibrationRecord",
     "FinetuneRecord",
     "ReuseRecord",
-    "RuleEvidence",
-    "SiteLayout",
-    "SitePlan",
     "SpeedRecord",
     "TrendPoint",
     "TrialRecord",
@@ -32,84 +30,6 @@ __all__ = [
 MAX_TOKENS = 2**31 - 1
 MAX_REFRESHES = 10_000
 MAX_DAMPING = 10.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SiteLayout:
-    """Text tokens around the video tokens of one site, as calibrated.
-
-    Attributes:
-        prefix: text tokens before the video.
-        suffix: text tokens after the video.
-    """
-
-    prefix: int = 0
-    suffix: int = 0
-
-    def __post_init__(self) -> None:
-        require_int("prefix", self.prefix, 0, MAX_TOKENS)
-        require_int("suffix", self.suffix, 0, MAX_TOKENS)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RuleEvidence:
-    """What one rule would cost at one site, measured in calibration.
-
-    Attributes:
-        rule: ``Rule.describe`` at the calibrated grid.
-        density: kept / all token pairs at the calibrated layout, text included.
-        output: relative error of the attention output.
-        temporal: the same for its change from frame to frame.
-    """
-
-    rule: str
-    density: float
-    output: float
-    temporal: float
-
-    def __post_init__(self) -> None:
-        require_text("rule", self.rule, 100)
-        require_number("density", self.density, 0.0, 1.0)
-        require_number("output", self.output, 0.0)
-        require_number("temporal", self.temporal, 0.0)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SitePlan:
-    """The decision for one site.
-
-    Attributes:
-        name: module path of the attention, such as ``blocks.3.attn1``.
-        rule: the rule applied; None: the site stays dense.
-        reason: why this rule, or why dense.
-        layout: text tokens around the video.
-        density: kept / all token pairs at the calibrated layout; 1 for a dense site.
-        errors: what every candidate would cost here.
-        way: how its attention is reached: by a mark in its graph, or, where Dynamo puts mark and
-            attention into different graphs, in a scope of its own.
-        error: relative error of its output where it is not dense, as calibrated: root mean square
-            over the steps of a run (between refreshes, if it reuses). None if not known.
-    """
-
-    name: str
-    rule: Rule | None
-    reason: str
-    layout: SiteLayout
-    density: float
-    errors: tuple[RuleEvidence, ...] = ()
-    way: Way = field(default="mark", metadata={OPTIONAL: True})
-    error: float | None = field(default=None, metadata={OPTIONAL: True})
-
-    def __post_init__(self) -> None:
-        require_text("name", self.name, 256)
-        require_text("reason", self.reason, 1000)
-        require_number("density", self.density, 0.0, 1.0)
-        if self.way not in get_args(Way):
-            raise PlanError(f"expected way to be one of {get_args(Way)}, got {self.way!r}")
-        if self.rule is None and self.density != 1.0:
-            raise PlanError(f"expected density 1 at a dense site, got {self.density}")
-        if self.error is not None:
-            require_number("error", self.error, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -53,6 +53,7 @@ class Report:
         width = max((len(site.name) for site in self.sites), default=0)
         for site in self.sites:
             rule = "dense" if site.rule is None else site.rule.describe()
+            rule += "" if site.second is None else f"; {site.second.describe()}"
             text = f"dense: {site.reason}" if site.reason else f"{rule}, density {site.density:.3f}"
             text += ", in a scope of its own" if site.way == "scope" else ""
             lines.append(f"  {site.name:<{width}}  {text}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from evdit_opt.errors import PlanMismatchError
 from evdit_opt.grid import TokenLayout, VideoGrid
 from evdit_opt.plan import Plan, SitePlan
+from evdit_opt.second_rule import mean_density
 
 __all__ = ["Retargeted", "retarget"]
 
@@ -75,7 +76,8 @@ def _moved(site: SitePlan, origin: VideoGrid, grid: VideoGrid) -> SitePlan:
     if grid != origin:
         where = f"{MEASURED_AT}{_size(origin)} tokens"
     reason = reason[: MAX_REASON - len(where)] + where
-    return replace(site, density=site.rule.density(layout), reason=reason, errors=(), error=None)
+    density = mean_density(site.rule, site.second, layout)
+    return replace(site, density=density, reason=reason, errors=(), error=None)
 
 
 def _extrapolated(plan: Plan, origin: VideoGrid, grid: VideoGrid) -> list[str]:
@@ -91,7 +93,8 @@ def _extrapolated(plan: Plan, origin: VideoGrid, grid: VideoGrid) -> list[str]:
             found.append(f"{old} -> {new} {what} is far: calibrate there")
     if grid.frames != origin.frames:
         masks: dict[str, None] = {}
-        for rule in dict.fromkeys(plan.rules.values()):
+        others = (second.rule for second in plan.second_rules.values())
+        for rule in dict.fromkeys((*plan.rules.values(), *others)):
             if not rule.keeps_nothing:
                 everything = ", which keeps everything" * rule.mask(grid.frames).is_dense
                 was, now = (rule.describe(frames) for frames in (origin.frames, grid.frames))

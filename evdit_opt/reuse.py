@@ -74,7 +74,7 @@ def with_reuse(
         precision: in which residuals are kept; see ``kernels.residual``.
 
     Raises:
-        PlanError: if a site has no rule, or a level is out of range.
+        PlanError: if a site has no rule, or keeps two, or a level is out of range.
     """
     names = tuple(plan.rules) if sites is None else tuple(sites)
     record = ReuseRecord(
@@ -91,7 +91,9 @@ def with_reuse(
         if site.name in names and rule is not None:
             layout = TokenLayout(plan.grid, site.layout.prefix, site.layout.suffix)
             density = rule.density(layout)
-            site = replace(site, rule=rule, density=density, reason="between refreshes")
+            site = replace(
+                site, rule=rule, second=None, density=density, reason="between refreshes"
+            )
         changed.append(site)
     if rule is None:
         return replace(plan, sites=tuple(changed), reuse=record)

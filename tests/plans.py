@@ -1,5 +1,7 @@
 """A plan to test with, and hypothesis strategies for any other."""
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from evdit_opt.grid import VideoGrid
@@ -10,6 +12,7 @@ from evdit_opt.plan import (
     Plan,
     ReuseRecord,
     RuleEvidence,
+    SecondRule,
     SiteLayout,
     SitePlan,
     SpeedRecord,
@@ -73,6 +76,17 @@ PLAN = Plan(
     versions=(("diffusers", "0.42.1"), ("torch", "2.13.0")),
 )
 TEXT = PLAN.to_json()
+SPLIT = replace(
+    PLAN,
+    sites=(
+        replace(
+            PLAN.sites[0],
+            second=SecondRule(rule=Rule(0, window=1), heads=(0, 2, 3), total=12),
+        ),
+        *PLAN.sites[1:],
+    ),
+    reuse=None,
+)
 
 words = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=20)
 fractions = st.floats(0, 1, allow_nan=False)
@@ -100,6 +114,21 @@ sparse_sites = st.builds(
     way=st.sampled_from(["mark", "scope"]),
     error=st.none() | st.floats(0, 9),
 )
+second_rules = st.integers(2, 40).flatmap(
+    lambda total: st.builds(
+        SecondRule,
+        rule=rules,
+        heads=st.sets(st.integers(0, total - 1), min_size=1, max_size=total - 1).map(
+            lambda heads: tuple(sorted(heads))
+        ),
+        total=st.just(total),
+    )
+)
+split_sites = st.builds(
+    lambda site, second: replace(site, second=None if second.rule == site.rule else second),
+    sparse_sites,
+    second_rules,
+)
 dense_sites = st.builds(
     SitePlan,
     name=words,
@@ -124,7 +153,10 @@ plans = st.builds(
     model_class=words,
     model_config_hash=words,
     sites=st.lists(
-        sparse_sites | dense_sites, min_size=1, max_size=5, unique_by=lambda site: site.name
+        sparse_sites | split_sites | dense_sites,
+        min_size=1,
+        max_size=5,
+        unique_by=lambda site: site.name,
     ).map(tuple),
     grid=st.builds(VideoGrid, *[st.integers(1, 512)] * 3),
     grid_source=st.just(PLAN.grid_source),

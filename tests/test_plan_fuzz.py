@@ -20,7 +20,7 @@ from evdit_opt.page import plan_page
 from evdit_opt.plan import Plan
 from evdit_opt.plan_diff import plan_differences
 from evdit_opt.strict_json import MAX_VALUES, parse
-from tests.plans import PLAN, TEXT
+from tests.plans import PLAN, SPLIT, TEXT
 
 SECONDS = 1.0
 """Of CPU time, for one file."""
@@ -120,6 +120,8 @@ WAYS = ("none", "none", "none", "none", "none", "cut", "latin", "zero", "surroga
         "double", "pad", "too large", "astral")  # fmt: skip
 
 
+SOURCES = TEXT, SPLIT.to_json()
+
 Recipe = tuple[list[tuple[str, int, int, int]], str, int]
 recipes = st.tuples(
     st.lists(mutations(), min_size=1, max_size=4), st.sampled_from(WAYS), st.integers(0, 10**6)
@@ -129,7 +131,7 @@ recipes = st.tuples(
 def made(recipe: Recipe) -> bytes:
     """A plan file after a few mutations of its structure, its numbers and its bytes."""
     changes, way, where = recipe
-    data, raw = json.loads(TEXT), []
+    data, raw = json.loads(SOURCES[where % 2]), []
     for mutation in changes:
         mutate(data, mutation, raw)
     text = json.dumps(data)

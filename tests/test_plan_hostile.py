@@ -26,6 +26,18 @@ anything = st.recursive(
 )
 
 
+SECOND = {
+    "rule": {"references": 0, "spacing": "paper", "weighting": "none", "window": 1},
+    "heads": [0, 2],
+    "total": 4,
+}
+
+
+def second(**change: Any) -> str:
+    """The plan's JSON with a second rule at its first site, as it is or with other values."""
+    return with_value("sites.0.second", {**SECOND, **change})
+
+
 def with_value(path: str, value: Any) -> str:
     """The plan's JSON with the value at a dotted path replaced, or added, or (``...``) removed."""
     data = json.loads(TEXT)
@@ -81,6 +93,27 @@ def with_value(path: str, value: Any) -> str:
         (with_value("sites.0.rule.weighting", "heavy"), "weighting to be one of none, bal"),
         (with_value("sites.0.rule.strength", 0.5), r"rule: expected Rule\.strength"),
         (with_value("sites.0.rule.strength", None), "strength to be a number, got None"),
+        (second(), r"plan: expected one rule for all heads .* reuses, blocks\.0\.attn1 has two"),
+        (second(heads=[]), r"sites\[0\]\.second: expected 1 to 3 of 4 heads .* got 0"),
+        (second(heads=[0, 1, 2, 3]), "1 to 3 of 4 heads with a second rule, got 4"),
+        (second(heads=[2, 0]), "heads in ascending order, each once"),
+        (second(heads=[0, 0]), "heads in ascending order, each once"),
+        (second(heads=[-1]), r"heads to be integers in 0\.\.3, got -1"),
+        (second(heads=[4]), r"heads to be integers in 0\.\.3, got 4"),
+        (second(heads=[True]), r"second\.heads\[0\] to be an integer, got True"),
+        (second(heads=[0.0]), r"second\.heads\[0\] to be an integer, got 0.0"),
+        (second(heads="02"), r"second\.heads to be a list"),
+        (second(heads=None), r"second\.heads to be a list"),
+        (second(total=1), "total to be an integer in 2..1024 heads, got 1"),
+        (second(total=10**9), "total to be an integer in 2..1024 heads, got 1000000000"),
+        (second(total=None), r"second\.total to be an integer, got None"),
+        (second(rule=None), r"second\.rule to be an object, got None"),
+        (second(rule={**SECOND["rule"], "window": -1}), "a second rule that keeps something"),
+        (second(rule=json.loads(TEXT)["sites"][0]["rule"]), "differs from the first one"),
+        (second(extra=1), r"sites\[0\]\.second has the unknown field 'extra'"),
+        (with_value("sites.1.second", SECOND), r"sites\[1\]: expected a second rule at a site"),
+        (with_value("sites.0.second", [SECOND]), r"sites\[0\]\.second to be an object"),
+        (with_value("sites.0.second", {}), r"sites\[0\]\.second misses field 'rule'"),
         (with_value("sites.0.errors.0.output", -0.1), r"errors\[0\]: expected output"),
         (with_value("min_tokens", True), r"plan\.min_tokens to be an integer, got True"),
         (with_value("min_tokens", 10**20), "min_tokens to be an integer in"),

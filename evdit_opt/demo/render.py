@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from evdit_opt.masks import DROPPED, Rule
-from evdit_opt.plan import Plan
+from evdit_opt.plan import Plan, SitePlan
 
 __all__ = ["write_masks", "write_side_by_side"]
 
@@ -61,11 +61,10 @@ def write_masks(path: Path, plan: Plan) -> Path:
     for axis in axes.flat:
         axis.axis("off")
     for axis, site in zip(axes.flat, plan.sites, strict=False):
-        bias = _bias(site.rule, frames)
-        weight = np.where(bias == DROPPED, 0.0, 1.0 + bias)
-        axis.imshow(weight, cmap="Blues", vmin=0.0, vmax=4.0, interpolation="nearest")
-        name = "dense" if site.rule is None else site.rule.describe(frames)
-        title = [site.name, *textwrap.wrap(name, 24), f"{site.density:.0%}"]
+        axis.imshow(
+            _weight(site, frames), cmap="Blues", vmin=0.0, vmax=4.0, interpolation="nearest"
+        )
+        title = [site.name, *textwrap.wrap(site.describe(frames), 24), f"{site.density:.0%}"]
         axis.set_title("\n".join(title), fontsize=7)
         axis.set(xticks=[], yticks=[])
         axis.axis("on")
@@ -77,6 +76,19 @@ def write_masks(path: Path, plan: Plan) -> Path:
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return path
+
+
+def _weight(site: SitePlan, frames: int) -> np.ndarray:
+    """How often every tile counts; of two rules the mean over heads."""
+    first, second = _weights(site.rule, frames), site.second
+    if second is None:
+        return first
+    return first + second.share * (_weights(second.rule, frames) - first)
+
+
+def _weights(rule: Rule | None, frames: int) -> np.ndarray:
+    bias = _bias(rule, frames)
+    return np.where(bias == DROPPED, 0.0, 1.0 + bias)
 
 
 def _bias(rule: Rule | None, frames: int) -> np.ndarray:

@@ -245,9 +245,7 @@ def make_report(
         "refreshes": 0
         if plan.reuse is None
         else plan.reuse.modes(plan.reuse.levels).count("refresh"),
-        "rules": {
-            s.name: s.rule.describe(plan.grid.frames) if s.rule else "dense" for s in plan.sites
-        },
+        "rules": {s.name: s.describe(plan.grid.frames) for s in plan.sites},
         "versions": installed_versions(),
     }
     report["missed"] = [BARS[name] for name, met in _bars(report).items() if not met]
@@ -282,7 +280,7 @@ def _layer_table(plan: Plan) -> Table:
     for column in ("layer", "mask", "density", "error", "frame to frame"):
         table.add_column(column, justify="left" if column in ("layer", "mask") else "right")
     for site in plan.sites:
-        rule = "dense" if site.rule is None else site.rule.describe(plan.grid.frames)
+        rule = site.describe(plan.grid.frames)
         found = next((e for e in site.errors if site.rule and e.rule == rule), None)
         error = "-" if site.error is None else f"{site.error:.3f}"
         temporal = f"{found.temporal:.3f}" if found else "-"

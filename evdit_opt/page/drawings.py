@@ -26,7 +26,8 @@ def mask_symbols(plan: Plan) -> tuple[Html, Mapping[Rule | None, str]]:
         The hidden drawing that holds them, and the id of each rule's (None: dense).
     """
     frames = min(plan.grid.frames, MAX_DRAWN_FRAMES)
-    distinct = list(dict.fromkeys(site.rule for site in plan.sites))[:MAX_MASKS]
+    others = (second.rule for second in plan.second_rules.values())
+    distinct = list(dict.fromkeys((*(site.rule for site in plan.sites), *others)))[:MAX_MASKS]
     ids = {rule: f"mask-{n}" for n, rule in enumerate(distinct)}
     box = f"0 0 {frames} {frames}"
     symbols = [tag("symbol", _tiles(rule, frames), id=ids[rule], viewBox=box) for rule in distinct]

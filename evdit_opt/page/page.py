@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.resources import files
 from itertools import groupby
 
@@ -185,14 +185,17 @@ def _sites(plan: Plan, masks: Mapping[Rule | None, str]) -> Iterator[Html]:
 
 
 def _site(plan: Plan, site: SitePlan, masks: Mapping[Rule | None, str]) -> Html:
-    rule = "dense" if site.rule is None else site.rule.describe(plan.grid.frames)
+    rule = site.describe(plan.grid.frames)
     found = next((one for one in site.errors if site.rule and one.rule == rule), None)
     reuses = plan.reuse is not None and site.name in plan.reuse.sites
     error = site.error if site.error is not None or not found else found.output
-    picture = draw_mask(masks[site.rule], rule) if site.rule in masks else "too many to draw"
+    rules = [site.rule] if site.second is None else [site.rule, site.second.rule]
+    pictures = [
+        draw_mask(masks[own], rule) if own in masks else "too many to draw" for own in rules
+    ]
     why: list[str] = [site.reason]
     if site.errors:
-        why.append(_evidence(site.errors, rule))
+        why.append(_evidence(site.errors, {own.describe(plan.grid.frames) for own in rules if own}))
     cells = (
         ("rule", rule),
         ("share kept", f"{site.density:.1%}"),
@@ -202,19 +205,19 @@ def _site(plan: Plan, site: SitePlan, masks: Mapping[Rule | None, str]) -> Html:
     )
     return tag(
         "tr",
-        tag("td", picture),
+        tag("td", *pictures),
         tag("td", tag("strong", site.name)),
         *(tag("td", value, data_label=label) for label, value in cells),
         tag("td", *why, data_label="why"),
     )
 
 
-def _evidence(errors: Sequence[RuleEvidence], chosen: str) -> Html:
+def _evidence(errors: Sequence[RuleEvidence], chosen: Collection[str]) -> Html:
     head = ("rule", "share kept", "error", "frame to frame")
     rows = [
         tag(
             "tr",
-            tag("td", tag("strong", e.rule) if e.rule == chosen else e.rule),
+            tag("td", tag("strong", e.rule) if e.rule in chosen else e.rule),
             tag("td", f"{e.density:.1%}"),
             tag("td", f"{e.output:.3f}"),
             tag("td", f"{e.temporal:.3f}"),

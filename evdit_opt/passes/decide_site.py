@@ -11,6 +11,7 @@ from evdit_opt.masks import Rule, TileMask
 from evdit_opt.passes.check_attention import unsupported
 from evdit_opt.passes.graph import Attention, value_of
 from evdit_opt.passes.site_mark import SiteSpec, Way
+from evdit_opt.second_rule import SecondRule
 
 __all__ = ["Decision", "SiteOutcome", "decide", "text_around"]
 
@@ -28,6 +29,7 @@ class SiteOutcome:
         reason: why it stayed dense; empty if it was rewritten.
         way: how the attention was reached.
         spec: what the plan wants there, encoded; layers that share a compiled graph share it.
+        second: the rule asked for at some of its heads.
     """
 
     name: str
@@ -36,6 +38,7 @@ class SiteOutcome:
     reason: str = ""
     way: Way = "mark"
     spec: str = ""
+    second: SecondRule | None = None
 
 
 @dataclass(frozen=True)
@@ -45,16 +48,21 @@ class Decision:
     Attributes:
         mask: the rule's mask for the frames of this forward; None if the rule keeps nothing.
         reason: why the attention stays dense; empty if it is to be sparse.
+        second: the mask of some heads; None if all have the same one. One of the two masks may keep
+            everything.
     """
 
     mask: TileMask | None
     reason: str
+    second: TileMask | None = None
 
     def outcome(self, name: str, spec: SiteSpec, way: Way) -> SiteOutcome:
         """The decision as an entry of a report."""
         kept = 0.0 if self.mask is None else self.mask.density
+        if self.second is not None and spec.second is not None:
+            kept += spec.second.share * (self.second.density - kept)
         density = 1.0 if self.reason else kept
-        return SiteOutcome(name, spec.rule, density, self.reason, way, spec.encode())
+        return SiteOutcome(name, spec.rule, density, self.reason, way, spec.encode(), spec.second)
 
 
 def decide(
@@ -84,18 +92,34 @@ def decide(
             f"expected the model of {name} to run, which says how many frames there are, got a "
             "call of a part; call the whole model"
         )
+    _require_heads(attention, spec, name)
     mask = _mask(spec.rule, frames)
+    second = None if spec.second is None else _mask(spec.second.rule, frames)
+    if second == mask:
+        second = None
     reason = _too_short(attention, frames, tokens, spec.min_tokens)
     if mask is None and mode == "sparse":
         raise PlanMismatchError(
             f"expected {name}, whose rule keeps nothing, to reuse its output, got a call without "
             "reuse; apply the plan with evdit_opt.apply_plan"
         )
-    if mask is not None and mask.is_dense:
+    if mask is not None and mask.is_dense and second is None:
         reason = f"rule {spec.rule.describe()} keeps every tile of {frames} frames"
     if mode == "dense":
         reason = "this noise level is dense in the plan"
-    return Decision(mask, reason)
+    return Decision(mask, reason, second)
+
+
+def _require_heads(attention: Attention, spec: SiteSpec, name: str) -> None:
+    if spec.second is None:
+        return
+    heads, keys = (value_of(x).shape[1] for x in (attention.q, attention.k))
+    if heads != spec.second.total or keys != heads:
+        raise PlanMismatchError(
+            f"expected at {name} {spec.second.total} heads with keys of their own, which the plan "
+            f"gives two rules, got {int(heads)} heads with {int(keys)} of keys; load the plan of "
+            "this model, or take the site's second rule out of it"
+        )
 
 
 @functools.lru_cache(maxsize=256)

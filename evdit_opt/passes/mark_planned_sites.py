@@ -15,13 +15,14 @@ from evdit_opt.passes.graph import (
     value_key,
     value_of,
 )
-from evdit_opt.passes.site_mark import MARK, MarkFacts, SiteSpec
+from evdit_opt.passes.site_mark import MARK, MarkFacts
 from evdit_opt.passes.trace_origin import (
     common_origin,
     is_parameter,
     projected,
     trace_origins,
 )
+from evdit_opt.site_plan import site_spec
 
 if TYPE_CHECKING:
     from evdit_opt.plan import Plan
@@ -59,7 +60,7 @@ def mark_planned_sites(
             "is kept from step to step hangs on the model; use evdit_opt.apply_plan(model, plan)"
         )
     grid = grid or _read_grid(gm.graph, plan)
-    layouts = {site.name: site.layout for site in plan.sites}
+    sites = {site.name: site for site in plan.sites}
     marked = set()
     for call in attention_calls(gm.graph):
         layer = layer_fqn(call, names) or ""
@@ -71,8 +72,7 @@ def mark_planned_sites(
         shared = common_origin(origins)
         if not shared:
             continue  # the cross-attention of the same module
-        layout = layouts[site]
-        spec = SiteSpec(rules[site], layout.prefix, layout.suffix, plan.min_tokens).encode()
+        spec = site_spec(sites[site], plan.min_tokens).encode()
         readers = [reader for origin in origins for reader in origin.projections[shared[0]]]
         inputs = {reader: projected(reader) or shared[0] for reader in readers}
         # Hidden states may be written out for each reader; they are equal, the first serves all.

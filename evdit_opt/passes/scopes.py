@@ -24,6 +24,7 @@ planning makes sure of, and its hooks end Dynamo's graph: marks stay the first c
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,8 +34,10 @@ from torch.utils.hooks import RemovableHandle
 
 from evdit_opt.errors import PlanMismatchError
 from evdit_opt.kernels.residual import Residual
+from evdit_opt.masks import TileMask
 from evdit_opt.passes.decide_site import SiteOutcome, decide, text_around
 from evdit_opt.passes.graph import SDPA, Attention, bind_attention
+from evdit_opt.passes.head_groups import attend_in_groups
 from evdit_opt.passes.marks import RootMark, SiteMark, site_modules
 from evdit_opt.passes.site_mark import MARK_QKV, MarkFacts, SiteSpec
 from evdit_opt.passes.swap_attention import ResidualMissing
@@ -102,11 +105,14 @@ class SparseAttend:
         q, k, v, attn_mask, _, _, scale, _ = attention
         sparse = None
         if decision.mask is not None:
-            prefix, suffix = text_around(q.shape[2], frames, tokens, spec, site.name)
-            sparse, _ = torch.ops.evdit.tile_attention(
-                q, k, v, attn_mask, *decision.mask.segments(), frames, tokens, prefix, suffix,
-                scale, self.impl,
-            )  # fmt: skip
+            text = text_around(q.shape[2], frames, tokens, spec, site.name)
+            lower = partial(self._sparse, frames=frames, tokens=tokens, text=text)
+            sparse = lower(attention, decision.mask) if decision.second is None else None
+            if decision.second is not None and spec.second is not None:
+                masks = decision.mask, decision.second
+                sparse = attend_in_groups(
+                    attention, spec.second.heads, lambda own, group: lower(own, masks[group])
+                )
         if facts.residual is None:
             out: Tensor = sparse  # type: ignore[assignment]  # what keeps nothing reuses
         else:
@@ -126,6 +132,18 @@ class SparseAttend:
                 q, k, v, attn_mask, out, facts.rows, frames, tokens, prefix, scale
             )
             facts.drift.copy_(drift.detach())
+        return out
+
+    def _sparse(
+        self, attention: Attention, mask: TileMask, frames: int, tokens: int, text: tuple[Any, Any]
+    ) -> Tensor:
+        """Of some heads or all; a mask that keeps everything is plain attention."""
+        if mask.is_dense:
+            return dense(attention)
+        q, k, v, attn_mask, _, _, scale, _ = attention
+        out: Tensor = torch.ops.evdit.tile_attention(
+            q, k, v, attn_mask, *mask.segments(), frames, tokens, *text, scale, self.impl
+        )[0]
         return out
 
 

@@ -3,6 +3,7 @@
 A mark exists in graphs only. The passes that read it always take it out again.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor, fx
 
 from evdit_opt.errors import PlanMismatchError
 from evdit_opt.masks import Rule
+from evdit_opt.second_rule import SecondRule
 
 __all__ = [
     "MARK",
@@ -36,31 +38,48 @@ class SiteSpec:
         prefix: text tokens before the video, as calibrated.
         suffix: text tokens after the video, as calibrated.
         min_tokens: sequence length below which the site stays dense.
+        second: the rule of some heads, where they do not all take ``rule``.
     """
 
     rule: Rule
     prefix: int = 0
     suffix: int = 0
     min_tokens: int = 0
+    second: SecondRule | None = None
 
     def encode(self) -> str:
         """The string; integers would turn symbolic once two layers sharing a graph differ."""
-        rule = self.rule
-        parts = (rule.references, rule.window, rule.weighting, rule.spacing, rule.strength)
-        return " ".join(map(str, (*parts, self.prefix, self.suffix, self.min_tokens)))
+        parts = (*_parts(self.rule), self.prefix, self.suffix, self.min_tokens)
+        if self.second is not None:
+            heads = ",".join(map(str, self.second.heads))
+            parts = (*parts, *_parts(self.second.rule), self.second.total, heads)
+        return " ".join(map(str, parts))
 
     @classmethod
     def decode(cls, text: str) -> "SiteSpec":
         """Inverse of :meth:`encode`."""
-        references, window, weighting, spacing, strength, *others = text.split(" ")
-        rule = Rule(
-            int(references),
-            int(window),
-            weighting,  # type: ignore[arg-type]  # Rule itself refuses what is none
-            spacing,  # type: ignore[arg-type]
-            float(strength),
-        )
-        return cls(rule, *map(int, others))
+        parts = text.split(" ")
+        prefix, suffix, min_tokens = map(int, parts[5:8])
+        second = None
+        if len(parts) > 8:
+            heads = tuple(map(int, parts[14].split(",")))
+            second = SecondRule(rule=_rule(parts[8:13]), heads=heads, total=int(parts[13]))
+        return cls(_rule(parts[:5]), prefix, suffix, min_tokens, second)
+
+
+def _parts(rule: Rule) -> tuple[object, ...]:
+    return rule.references, rule.window, rule.weighting, rule.spacing, rule.strength
+
+
+def _rule(parts: Sequence[str]) -> Rule:
+    references, window, weighting, spacing, strength = parts
+    return Rule(
+        int(references),
+        int(window),
+        weighting,  # type: ignore[arg-type]  # Rule itself refuses what is none
+        spacing,  # type: ignore[arg-type]
+        float(strength),
+    )
 
 
 FACTS = (

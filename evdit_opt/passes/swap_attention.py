@@ -1,7 +1,8 @@
 """Give every marked site its sparse attention."""
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor, fx
 
 from evdit_opt.errors import PlanMismatchError
 from evdit_opt.masks import TileMask
-from evdit_opt.passes.decide_site import SiteOutcome, decide
+from evdit_opt.passes.decide_site import Decision, SiteOutcome, decide
 from evdit_opt.passes.graph import (
     LEFT_ALONE,
+    SDPA,
     Attention,
     attention_calls,
     insert_call,
@@ -22,6 +24,7 @@ from evdit_opt.passes.graph import (
     value_of,
     walk_back,
 )
+from evdit_opt.passes.head_groups import attend_in_groups
 from evdit_opt.passes.site_mark import MARK, MARKS, MarkFacts, SiteSpec, facts_of, remove_mark
 from evdit_opt.passes.text_tokens import text_tokens
 
@@ -52,6 +55,9 @@ def swap_attention(
     Where a guard checks, a few rows of ``out`` are compared with dense attention:
 
     after:   drift.copy_(evdit.row_error(q(x), k(x), v(x), attn_mask, out, rows, ...))
+
+    Where some heads have a rule of their own, each group of heads is an attention of its own, and
+    their outputs are put together again (see ``head_groups``).
 
     Only an attention whose q, k and v all come from one and the same mark, and from no other, is
     the site's: that leaves the cross-attention of a marked module alone. Short sequences, and clips
@@ -173,7 +179,9 @@ def _rewrite(call: fx.Node, mark: fx.Node, name: str, impl: str, checks: bool) -
     with graph.inserting_before(call):
         sparse = None
         if decision.mask is not None:
-            sparse = _sparse(call, attention, decision.mask, tokens, spec, name, impl)
+            text = text_tokens(graph, attention.q, frames, tokens, spec, name)
+            lower = partial(_sparse, call, tokens=tokens, text=text, impl=impl)
+            sparse = _grouped(call, attention, decision, spec, lower)
         if facts.mode == "reuse":
             kept = _kept(call, facts)
             if sparse is None:
@@ -242,18 +250,46 @@ def _check(
     insert_call(graph, torch.ops.aten.copy_.default, (facts.drift, found), call)
 
 
+def _grouped(
+    call: fx.Node,
+    attention: Attention,
+    decision: Decision,
+    spec: SiteSpec,
+    lower: Callable[[Attention, TileMask], fx.Node],
+) -> fx.Node:
+    """What takes the place of an attention whose heads follow one rule, or two."""
+    assert decision.mask is not None
+    if decision.second is None or spec.second is None:
+        return lower(attention, decision.mask)
+    masks = decision.mask, decision.second
+
+    def attend(own: Attention, group: bool) -> fx.Node:
+        return lower(own, masks[group])
+
+    def add(target: Callable[..., Any], *arguments: Any) -> fx.Node:
+        return insert_call(call.graph, target, arguments, call)
+
+    found: fx.Node = attend_in_groups(attention, spec.second.heads, attend, add)
+    return found
+
+
 def _sparse(
     call: fx.Node,
     attention: Attention,
     mask: TileMask,
     tokens: Any,
-    spec: SiteSpec,
-    name: str,
+    text: tuple[Any, Any],
     impl: str,
 ) -> fx.Node:
-    """The operator in place of an attention, as a new node before it."""
+    """The operator in place of an attention, as a new node before it.
+
+    A mask that keeps everything, as that of some heads may, is plain attention.
+    """
     graph = call.graph
-    prefix, suffix = text_tokens(graph, attention.q, mask.frames, tokens, spec, name)
+    if mask.is_dense:
+        q, k, v, attn_mask, _, _, scale, _ = attention
+        return insert_call(graph, SDPA, (q, k, v, attn_mask), call, scale=scale)
+    prefix, suffix = text
     intervals, log_weights = mask.segments()
     arguments = (
         attention.q,
