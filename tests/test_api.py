@@ -94,7 +94,7 @@ def test_a_saved_plan_gives_the_same_numbers_in_another_model(plan, tmp_path):
 
 def test_a_fitted_strength_reaches_the_model(plan):
     def output(rule: Rule) -> torch.Tensor:
-        sites = tuple(replace(site, rule=rule) for site in plan.sites)
+        sites = tuple(replace(site, rule=rule, second=None) for site in plan.sites)
         model = evdit_opt.apply_plan(WAN.model(), replace(plan, sites=sites), inner="eager")
         return run(model, calls()[0])
 

@@ -6,7 +6,7 @@ from evdit_opt.calibrate.strengths import STRENGTHS
 from evdit_opt.config import Config
 from evdit_opt.masks import CACHED, Rule, TileMask, Weighting
 
-__all__ = ["candidate_rules", "reused_rules"]
+__all__ = ["candidate_rules", "head_rules", "reused_rules"]
 
 
 def candidate_rules(config: Config, frames: int) -> tuple[Rule, ...]:
@@ -31,6 +31,14 @@ def candidate_rules(config: Config, frames: int) -> tuple[Rule, ...]:
         if references or window  # frames that never see each other cannot make a video
     )
     return _distinct(spanned, frames, config.max_density)
+
+
+def head_rules(config: Config, frames: int) -> tuple[Rule, ...]:
+    """Rules for some heads of a site besides the :func:`candidate_rules`, for steps without reuse.
+
+    The own frame only: the other heads may look at the others.
+    """
+    return _distinct([Rule(0, 0)], frames, config.max_density)
 
 
 def reused_rules(config: Config, frames: int) -> tuple[Rule, ...]:

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from evdit_opt.calibrate.problem import Found
 from evdit_opt.calibrate.search import Choice, Errors
 from evdit_opt.calibrate.site_record import CandidateError
+from evdit_opt.calibrate.split_heads import Split
 from evdit_opt.calibrate.steps import TIMESTEP
 from evdit_opt.calibrate.survey import Survey
 from evdit_opt.config import Config
@@ -24,6 +25,7 @@ from evdit_opt.plan import (
     SitePlan,
     TrendPoint,
 )
+from evdit_opt.second_rule import SecondRule, mean_density
 from evdit_opt.versions import installed_versions
 
 __all__ = ["Drafter"]
@@ -102,6 +104,17 @@ class Drafter:
         )
         return self._plan(sites, self.config.threshold, reuse)
 
+    def draft_splits(self, choice: Mapping[str, Split], errors: Errors) -> Plan:
+        """A plan with one rule or two at every site; ``errors``: of the candidates, as evidence."""
+        sites = []
+        for name in self.survey.layouts:
+            own, reason, error = choice[name], "dense: nothing cheaper is worth its damage", None
+            if own.rule is not None:
+                reason = f"error {own.output:.3f}, from frame to frame {own.temporal:.3f}"
+                error = own.output
+            sites.append(self._site(name, own.rule, reason, errors[name], error, own.second))
+        return self._plan(sites, self.config.threshold)
+
     def cached(self, levels: Sequence[float]) -> Plan:
         """A plan in which every site returns its first output in all ``levels`` but the first."""
         sites = [self._site(name, CACHED, "cached", ()) for name in self.survey.layouts]
@@ -136,6 +149,7 @@ class Drafter:
         reason: str,
         candidates: Sequence[CandidateError],
         error: float | None = None,
+        second: SecondRule | None = None,
     ) -> SitePlan:
         layout = self.survey.layouts[name]
         return SitePlan(
@@ -143,9 +157,10 @@ class Drafter:
             rule=rule,
             reason=reason,
             layout=SiteLayout(prefix=layout.prefix, suffix=layout.suffix),
-            density=1.0 if rule is None else rule.density(layout),
+            density=1.0 if rule is None else mean_density(rule, second, layout),
             way="scope" if name in self.survey.scoped else "mark",
             error=error,
+            second=second,
             errors=tuple(
                 RuleEvidence(
                     rule=candidate.rule.describe(self.survey.grid.frames),

@@ -27,6 +27,8 @@ from evdit_opt.whole_file import whole_file
 __all__ = ["Kept", "purpose", "remove_kept"]
 
 PURPOSE = "purpose.json"
+RECORDING = "by head"
+"""What is recorded of a site; other sums, kept by an earlier version, are not gone on with."""
 
 SEARCHED = frozenset(
     {"threshold", "density", "speedup", "quality", "min_psnr", "min_ssim", "max_flicker_ratio",
@@ -183,6 +185,7 @@ def purpose(target: object, denoiser: Denoiser, config: Config) -> dict[str, str
         "weights": _hash(weights),
         "prompts": _hash(_described(denoiser.items)),
         "settings": _hash(settings),
+        "recording": RECORDING,
         "versions": _hash(installed_versions()),
     }
 

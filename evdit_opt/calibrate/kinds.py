@@ -3,9 +3,10 @@
 Static masks, per weighting searched site by site or uniform, and reuse of residuals across steps.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 from evdit_opt.calibrate.damage import damage_of
 from evdit_opt.calibrate.draft import Drafter
@@ -27,6 +28,8 @@ from evdit_opt.calibrate.search import (
     mean_price,
     threshold_for_budget,
 )
+from evdit_opt.calibrate.site_record import HeadErrors
+from evdit_opt.calibrate.split_heads import SiteSplits, choose_splits
 from evdit_opt.config import Config
 from evdit_opt.masks import Weighting
 from evdit_opt.plan import Plan
@@ -54,10 +57,12 @@ class Kind:
         name: for people.
         at: the best plan of this kind within a budget (mean price per site and step; see
             ``prices.py``); None if there is none.
+        splits: whether its plans may give the heads of a site two rules.
     """
 
     name: str
     at: Callable[[float], Drafted | None]
+    splits: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,14 @@ class Planner:
         drafter: writes them.
         recording: of the dense runs.
         problem: the same, for the search of plans that reuse.
+        timed: whether prices are measured times. What two calls take in the place of one is not
+            measured, so no site is given two rules then.
     """
 
     drafter: Drafter
     recording: Recording
     problem: Problem
+    timed: bool = False
 
     @property
     def config(self) -> Config:
@@ -114,6 +122,9 @@ class Planner:
         ]
         if "fitted" in self.config.weightings:
             static.append(Kind("searched, weighting fitted", self._fitted))
+        if self.recording.heads and not self.timed:
+            name = f"searched, weighting {self._split_weighting}, two rules"
+            static.append(Kind(name, self._split, splits=True))
         even = Kind("reuse, one rule, even refreshes", self._even)
         searched = Kind("reuse, searched", self._reusing)
         return [*static, even, searched] if self.reuses else static
@@ -131,10 +142,12 @@ class Planner:
             least = 1.0 / len(self.recording.levels)  # one refresh, then nothing but its outputs
             found = _within(self._sparse(least), least)
         found = found or drafted
-        least = min((own.damage for _, own in found), default=0.0)
+        # Damage at single heads is predicted less well: it must not keep other kinds from a run.
+        alike = [own.damage for kind, own in found if not kind.splits]
+        most = CLEARLY_WORSE * min(alike, default=math.inf)
         distinct: dict[str, tuple[Kind, Drafted]] = {}
         for kind, own in found:
-            if own.damage <= CLEARLY_WORSE * least:
+            if own.damage <= most:
                 distinct.setdefault(own.plan.fingerprint(), (kind, own))
         return list(distinct.values())
 
@@ -191,6 +204,28 @@ class Planner:
         plan = self.drafter.draft(choice, one_strength(errors, choice), threshold)
         return Drafted(plan, self._damage(choice), mean_price(choice, self.prices))
 
+    @property
+    def _split_weighting(self) -> Weighting:
+        return "none" if self.config.weightings == ("none",) else "balanced"
+
+    @cached_property
+    def _splits(self) -> Mapping[str, SiteSplits]:
+        """What every site may do with one rule or two."""
+        weighting, heads = self._split_weighting, self.recording.heads
+        return {
+            site: SiteSplits(own, _only_heads(heads[site], weighting) if site in heads else None)
+            for site, own in _only(self.recording.errors, weighting).items()
+        }
+
+    def _split(self, budget: float) -> Drafted | None:
+        errors = _only(self.recording.errors, self._split_weighting)
+        found = choose_splits(self._splits, budget, self.config.max_distinct_rules)
+        if found is None:
+            return None
+        damage = max(1, len(self.recording.levels)) * sum(own.damage for own in found.values())
+        price = sum(own.cost for own in found.values()) / len(found)
+        return Drafted(self.drafter.draft_splits(found, errors), damage, price)
+
     def _reusing(self, budget: float) -> Drafted | None:
         found = search(self.problem, budget)
         return self.drafted(found[0]) if found else None
@@ -229,6 +264,20 @@ def unfitted_errors(errors: Errors) -> Errors:
     return {
         site: tuple(c for c in own if c.rule.weighting != "fitted") for site, own in errors.items()
     }
+
+
+def _only_heads(errors: HeadErrors, weighting: Weighting) -> HeadErrors:
+    """As :func:`_only`."""
+    kept = [
+        n
+        for n, rule in enumerate(errors.rules)
+        if rule.weighting == weighting or rule.references == 0
+    ]
+    return HeadErrors(
+        tuple(errors.rules[n] for n in kept),
+        tuple(errors.densities[n] for n in kept),
+        errors.squares[:, kept],
+    )
 
 
 def _only(errors: Errors, weighting: Weighting) -> Errors:

@@ -114,7 +114,7 @@ def make_plan(
         clock = kept_clock(kept, config, device, partial(measure_clock, drafter, recording))
     prices = kept_pairs(recording.errors, recording.reuse) if clock is None else clock.prices
     problem = make_problem(recording, prices, config, denoiser.model)
-    planner = Planner(drafter, recording, problem)
+    planner = Planner(drafter, recording, problem, timed=clock is not None)
     with staged(denoiser, survey.layouts, survey.scoped, kept) as stage:
         rehearsed = searched_items[: config.trial_prompts]
         budget, explored = find_budget(stage, planner, clock, rehearsed)

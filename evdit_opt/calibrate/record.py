@@ -1,13 +1,18 @@
 """Run the dense model on calibration items and measure every candidate on what each site sees."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from evdit_opt.calibrate.candidates import candidate_rules, reused_rules
+from evdit_opt.calibrate.candidates import candidate_rules, head_rules, reused_rules
 from evdit_opt.calibrate.kept import Kept
-from evdit_opt.calibrate.site_record import CandidateError, ReuseError, SiteRecord
+from evdit_opt.calibrate.site_record import (
+    CandidateError,
+    HeadErrors,
+    ReuseError,
+    SiteRecord,
+)
 from evdit_opt.calibrate.stage import Stage
 from evdit_opt.calibrate.steps import Steps
 from evdit_opt.config import Config
@@ -33,6 +38,7 @@ class Recording:
         itemsize: bytes of a number in it.
         mass: per site, share of attention by tile, ``[heads, frames, parts]``.
         results: what the first ``config.trial_prompts`` dense runs returned (see ``Denoiser.run``).
+        heads: per site whose heads may take different rules, what every rule costs at every head.
     """
 
     errors: Mapping[str, tuple[CandidateError, ...]]
@@ -43,6 +49,7 @@ class Recording:
     itemsize: int
     mass: Mapping[str, Tensor]
     results: Sequence[Tensor]
+    heads: Mapping[str, HeadErrors] = field(default_factory=dict)
 
 
 def record(
@@ -70,6 +77,7 @@ def record(
             candidate_rules(config, layout.grid.frames),
             reused_rules(config, layout.grid.frames) if reuse else (),
             seed=config.seed + number,
+            for_heads=head_rules(config, layout.grid.frames),
         )
         for number, (name, layout) in enumerate(stage.layouts.items())
     }
@@ -119,6 +127,7 @@ def record(
             f"expected every site to run during calibration, these never did: {', '.join(unseen)}"
         )
     levels = tuple(steps.levels[step] for step in sorted(steps.levels))
+    heads = {name: site.head_errors() for name, site in sites.items()}
     return Recording(
         errors={name: site.errors() for name, site in sites.items()},
         reuse={name: site.reuse_errors() for name, site in sites.items()},
@@ -128,6 +137,7 @@ def record(
         itemsize=itemsize,
         mass={name: site.mass() for name, site in sites.items()},
         results=results,
+        heads={name: own for name, own in heads.items() if own is not None},
     )
 
 

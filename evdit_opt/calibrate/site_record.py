@@ -16,7 +16,7 @@ from evdit_opt.calibrate.strengths import FittedRules
 from evdit_opt.grid import TokenLayout
 from evdit_opt.masks import Rule
 
-__all__ = ["CandidateError", "ReuseError", "SiteRecord"]
+__all__ = ["CandidateError", "HeadErrors", "ReuseError", "SiteRecord"]
 
 POSITIONS = 8
 """Positions of every frame whose queries score rules, the same ones in all frames and calls."""
@@ -54,6 +54,25 @@ class CandidateError:
 
 
 @dataclass(frozen=True)
+class HeadErrors:
+    """What every rule costs at every head of a site.
+
+    Squared errors of heads add up to the site's: they are those of the attention's output, where
+    heads lie side by side. What the output projection makes of them is not looked at.
+
+    Attributes:
+        rules: the candidates of all weightings that are not fitted, and those for single heads.
+        densities: of each, at the calibrated layout.
+        squares: ``[heads, rules, 2]``, float64: squared error of a head's output and of its change
+            from frame to frame, both relative to those of the whole site.
+    """
+
+    rules: tuple[Rule, ...]
+    densities: tuple[float, ...]
+    squares: Tensor
+
+
+@dataclass(frozen=True)
 class ReuseError:
     """What one rule costs at one site that reuses its residual, by step.
 
@@ -77,12 +96,15 @@ class ReuseError:
 class SiteRecord:
     """Running sums of one site over the calls of the dense model.
 
+    Those of single heads are two numbers for every head and rule: 26 kB at 40 heads and 40 rules.
+
     Args:
         layout: of its tokens.
         rules: candidates that are applied in every step.
         reused: candidates between refreshes; none if the model is no denoiser with steps.
         seed: of the choice of positions and numbers.
         positions: of every frame whose queries are looked at; None: ``POSITIONS``.
+        for_heads: further candidates, for single heads only.
     """
 
     def __init__(
@@ -92,11 +114,12 @@ class SiteRecord:
         reused: Sequence[Rule] = (),
         seed: int = 0,
         positions: int | None = None,
+        for_heads: Sequence[Rule] = (),
     ) -> None:
         self.layout, self.rules, self.reused = layout, tuple(rules), tuple(reused)
         self.calls = 0
         self.runs = 0
-        self.once_a_step = True
+        self.once_a_step = self.own_keys = True
         frames = layout.grid.frames
         self._random = torch.Generator().manual_seed(seed)
         tokens = layout.grid.tokens_per_frame
@@ -104,13 +127,13 @@ class SiteRecord:
         # Fitted rules need no outputs of their own, but those that they lie between.
         self._fitted = FittedRules(self.rules, frames)
         plain = [rule for rule in self.rules if rule.weighting != "fitted"]
-        applied = tuple(dict.fromkeys((*plain, *self._fitted.bases)))
+        applied = tuple(dict.fromkeys((*plain, *self._fitted.bases, *for_heads)))
         self._applied = {rule: row for row, rule in enumerate(applied)}
         # The dense mask comes first, then the rules, then what is reused.
         dense = torch.zeros(frames, frames)
         masks = [_bias(rule, frames) for rule in (*applied, *self.reused)]
         self._bias = torch.stack([dense, *masks])
-        self._error = torch.zeros(len(applied), 2, dtype=torch.float64)
+        self._error: Tensor | None = None  # [heads, rules, 2]
         self._between: Tensor | None = None  # what the fitted rules are told by
         self._scale = torch.zeros(2, dtype=torch.float64)
         self._mass: Tensor | None = None
@@ -141,14 +164,15 @@ class SiteRecord:
             step: number of its step.
         """
         self.calls += 1
-        sketches, mass, head = [], [], 0
+        self.own_keys &= q.shape[1] == k.shape[1]
+        sketches, mass, errors, head = [], [], [], 0
         takes_rules = not self.reused or (self.runs + step) % EVERY == 0
         for parts in tile_parts(q, k, v, self.layout, self._positions, attn_mask, scale):
             dense, static, reused = self._outputs(parts, takes_rules)
             if takes_rules:
-                self._scale += _squares(dense)
-            for row, own in enumerate(static):
-                self._error[row] += _squares(own - dense)
+                self._scale += _squares(dense).sum(0)
+            if len(static):
+                errors.append(torch.stack([_squares(own - dense) for own in static], 1))
             mass.append(parts.mass().cpu())
             if self.reused:
                 residuals = torch.cat([dense.unsqueeze(0), dense - reused])
@@ -156,6 +180,9 @@ class SiteRecord:
             head += dense.shape[1]
         total = torch.cat(mass)
         self._mass = total if self._mass is None else self._mass + total
+        if errors:
+            added = torch.cat(errors)
+            self._error = added if self._error is None else self._error + added
         if self.reused:
             steps = self._run.setdefault(generation, {})
             self.once_a_step &= step not in steps
@@ -171,18 +198,18 @@ class SiteRecord:
 
     def state(self) -> dict[str, Tensor]:
         """All sums between two runs, to go on from with :meth:`load_state`."""
-        counts = torch.tensor([self.calls, self.runs, self.once_a_step])
-        found = {"counts": counts, "error": self._error, "scale": self._scale}
-        optional = {"mass": self._mass, "drift": self._drift, "drift_scale": self._drift_scale,
-                    "between": self._between}  # fmt: skip
+        counts = torch.tensor([self.calls, self.runs, self.once_a_step, self.own_keys])
+        found = {"counts": counts, "scale": self._scale}
+        optional = {"error": self._error, "mass": self._mass, "drift": self._drift,
+                    "drift_scale": self._drift_scale, "between": self._between}  # fmt: skip
         found |= {name: value for name, value in optional.items() if value is not None}
         return found | {f"kept.{head}": numbers for head, numbers in self._kept.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of :meth:`state`, in a record made with the same arguments."""
-        self.calls, self.runs, once_a_step = state["counts"].tolist()
-        self.once_a_step = bool(once_a_step)
-        self._error, self._scale = state["error"], state["scale"]
+        self.calls, self.runs, once_a_step, own_keys = state["counts"].tolist()
+        self.once_a_step, self.own_keys = bool(once_a_step), bool(own_keys)
+        self._error, self._scale = state.get("error"), state["scale"]
         self._mass, self._between = state.get("mass"), state.get("between")
         self._drift, self._drift_scale = state.get("drift"), state.get("drift_scale")
         self._kept = {
@@ -193,7 +220,9 @@ class SiteRecord:
 
     def errors(self) -> tuple[CandidateError, ...]:
         """Of all rules over the calls added so far, in the order given."""
-        squares = dict(zip(self._applied, self._error, strict=True))
+        none = torch.zeros(1, len(self._applied), 2, dtype=torch.float64)
+        error = none if self._error is None else self._error
+        squares = dict(zip(self._applied, error.sum(0), strict=True))
         if self._between is not None:
             bases = torch.stack([squares[rule] for rule in self._fitted.bases])
             fitted = self._fitted.errors(self._between, bases)
@@ -203,6 +232,20 @@ class SiteRecord:
             output, temporal = (squares[rule] / self._scale.clamp_min(1e-300)).sqrt().tolist()
             found.append(CandidateError(rule, rule.density(self.layout), output, temporal))
         return tuple(found)
+
+    def head_errors(self) -> HeadErrors | None:
+        """Of single heads; None where there is nothing to choose between.
+
+        That is one head, or heads that share keys, which no plan takes apart.
+        """
+        if self._error is None or len(self._error) < 2 or not self.own_keys:
+            return None
+        rules = tuple(self._applied)
+        return HeadErrors(
+            rules=rules,
+            densities=tuple(rule.density(self.layout) for rule in rules),
+            squares=self._error / self._scale.clamp_min(1e-300),
+        )
 
     def reuse_errors(self) -> tuple[ReuseError, ...]:
         """Of everything reused, over the runs that have ended; none without runs of two steps."""
@@ -273,10 +316,10 @@ def _is_empty(rule: Rule | None) -> bool:
 
 
 def _squares(frames: Tensor) -> Tensor:
-    """Sum of squares of a signal and of its frame-to-frame change: ``[2]``, fp64, on the CPU.
+    """Sums of squares of a signal and of its frame-to-frame change: ``[heads, 2]``, fp64, CPU.
 
     Args:
         frames: ``[batch, heads, frames, positions, head_dim]``.
     """
-    change = frames.diff(dim=2)
-    return torch.stack([frames.square().sum(), change.square().sum()]).to("cpu", torch.float64)
+    signals = frames, frames.diff(dim=2)
+    return torch.stack([own.square().sum((0, 2, 3, 4)) for own in signals], 1).double().cpu()

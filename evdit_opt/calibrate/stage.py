@@ -22,8 +22,10 @@ from evdit_opt.kernels.residual import PRECISIONS, pack
 from evdit_opt.masks import Rule
 from evdit_opt.models import Denoiser, Item
 from evdit_opt.passes.capture import watched
+from evdit_opt.passes.graph import Attention
+from evdit_opt.passes.head_groups import attend_in_groups
 from evdit_opt.passes.observe_attention import Callback, observe
-from evdit_opt.plan import Plan
+from evdit_opt.plan import Plan, SecondRule
 
 __all__ = ["Rehearsal", "Stage", "dense_attention", "sparse_attention", "staged"]
 
@@ -106,7 +108,7 @@ class Rehearsal:
     """Answers with the outputs that a plan would compute."""
 
     def __init__(self, plan: Plan, layouts: Mapping[str, TokenLayout], impl: str) -> None:
-        self._rules = plan.rules
+        self._rules, self._second = plan.rules, plan.second_rules
         self._layouts, self._impl, self._min_tokens = layouts, impl, plan.min_tokens
         self._reusing = frozenset() if plan.reuse is None else frozenset(plan.reuse.sites)
         self._generations, self._precision = None, PRECISIONS[0]
@@ -130,6 +132,9 @@ class Rehearsal:
         mode = "sparse" if self._now is None else self._now.mode
         if rule is None or mode == "dense" or layout.seq_len < self._min_tokens:
             return None
+        if name in self._second:
+            attention = Attention(q, k, v, mask, scale=scale)
+            return self._in_groups(rule, self._second[name], layout, attention)
         sparse = sparse_attention(rule, layout, q, k, v, mask, scale, self._impl)
         if name not in self._reusing or self._now is None:
             return sparse
@@ -138,6 +143,18 @@ class Rehearsal:
             self._now.residuals[name] = pack(dense - sparse, self._precision)
             return dense
         return sparse + self._now.residuals[name].unpack(sparse.dtype)
+
+    def _in_groups(
+        self, rule: Rule, second: SecondRule, layout: TokenLayout, attention: Attention
+    ) -> Tensor:
+        """The output of a site with two rules."""
+
+        def attend(own: Attention, group: bool) -> Tensor:
+            chosen, (q, k, v, mask) = (rule, second.rule)[group], own[:4]
+            return sparse_attention(chosen, layout, q, k, v, mask, own.scale, self._impl)
+
+        found: Tensor = attend_in_groups(attention, second.heads, attend)
+        return found
 
 
 def dense_attention(

@@ -138,7 +138,7 @@ def test_a_record_goes_on_bit_for_bit() -> None:
 
     def new() -> SiteRecord:
         rules = (Rule(1), Rule(2), Rule(2, weighting="fitted", strength=0.5))
-        return SiteRecord(layout, rules, (CACHED, Rule(0)), seed=3)
+        return SiteRecord(layout, rules, (CACHED, Rule(0)), seed=3, for_heads=(Rule(0),))
 
     def play(record: SiteRecord, prompt: int) -> None:
         torch.manual_seed(prompt)
@@ -156,6 +156,8 @@ def test_a_record_goes_on_bit_for_bit() -> None:
         play(resumed, prompt)
     assert resumed.errors() == straight.errors()
     assert torch.equal(resumed.mass(), straight.mass())
+    heads = [record.head_errors() for record in (resumed, straight)]
+    assert torch.equal(heads[0].squares, heads[1].squares)
     pairs = list(zip(resumed.reuse_errors(), straight.reuse_errors(), strict=True))
     assert len(pairs) == 2
     for a, b in pairs:

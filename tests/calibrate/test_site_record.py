@@ -51,6 +51,37 @@ def test_errors_are_those_of_the_operator(monkeypatch):
         assert found.temporal == pytest.approx(float(flicker), rel=1e-4)
 
 
+def test_errors_of_heads_add_up_to_those_of_the_site(monkeypatch):
+    whole(monkeypatch)
+    site = SiteRecord(LAYOUT, RULES, for_heads=(Rule(0),))
+    for q, k, v in calls():
+        site.add(q, k, v)
+    found = site.head_errors()
+    assert found.rules == (*RULES, Rule(0))
+    assert found.densities == tuple(rule.density(LAYOUT) for rule in found.rules)
+    sums = found.squares.sum(0).sqrt().tolist()
+    for own, total in zip(site.errors(), sums, strict=False):
+        assert [own.output, own.temporal] == pytest.approx(total, rel=1e-12)
+    dense = torch.stack([output(None, *call) for call in calls()])
+    for place, rule in enumerate(found.rules):
+        error = torch.stack([output(rule, *call) for call in calls()]) - dense
+        wrong = error.square().sum((0, 1, 3, 4, 5)) / dense.square().sum()
+        assert torch.allclose(found.squares[:, place, 0], wrong, rtol=1e-4)
+
+
+def test_heads_that_share_keys_or_are_alone_are_not_taken_apart():
+    q, k, v = calls()[0]
+    shared, alone = SiteRecord(LAYOUT, RULES), SiteRecord(LAYOUT, RULES)
+    shared.add(torch.cat([q, q], 1), k, v)
+    alone.add(q[:, :1], k[:, :1], v[:, :1])
+    for site in (shared, alone):
+        assert site.head_errors() is None
+        assert len(site.errors()) == len(RULES)
+    again = SiteRecord(LAYOUT, RULES)
+    again.load_state(shared.state())
+    assert again.head_errors() is None
+
+
 def test_one_run_measures_rules_in_half_of_its_steps_and_the_next_in_the_others(monkeypatch):
     whole(monkeypatch)
     first, then = calls(2 * STEPS)[:STEPS], calls(2 * STEPS)[STEPS:]
