@@ -90,8 +90,9 @@ class Config:
             measure quality on. 0 skips verification, and the plan then carries no quality; not
             together with a floor.
         seed: seed of the first run's noise; run n uses ``seed + n``.
-        max_distinct_rules: different rules a plan may hold. Dynamo makes one graph per rule when
-            blocks are compiled one by one, and gives up after 8.
+        max_distinct_rules: different rules a plan may hold, or pairs of rules with their heads.
+            Dynamo makes one graph for each when blocks are compiled one by one, and gives up
+            after 8.
         grid: latent grid of the calibration calls, in tokens, for models that take tokens and are
             not told num_frames, height and width. The plan then fits clips of this size only.
         inner: what compiles the rewritten graph: "inductor", "eager", "aot_eager", "tensorrt", any

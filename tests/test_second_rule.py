@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from evdit_opt.demo.render import _weight
 from evdit_opt.errors import PlanError
 from evdit_opt.grid import TokenLayout, VideoGrid
 from evdit_opt.guard import expected_errors
@@ -61,6 +63,19 @@ def test_everything_that_shows_a_plan_shows_it() -> None:
     assert differences["its heads"].new == "0, 2, 3 of 12"
     assert "(0 references + window 1, none, paper)" in differences["second rule"].new
     assert plan_differences(SPLIT, SPLIT) == ()
+
+
+def test_a_picture_shows_the_mean_over_heads() -> None:
+    first, other, both = (
+        _weight(site, 8)
+        for site in (
+            changed(None).sites[0],
+            replace(changed(None).sites[0], rule=OTHER),
+            SPLIT.sites[0],
+        )
+    )
+    assert np.allclose(both, (9 * first + 3 * other) / 12)
+    assert not np.allclose(first, other)
 
 
 def test_it_goes_along_to_another_size() -> None:

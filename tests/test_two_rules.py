@@ -92,6 +92,15 @@ def test_outputs_and_gradients(inner: str, layers: int) -> None:
     assert (dense - exact[0]).norm() > 1e-3 * exact[0].norm()
 
 
+def test_a_plan_given_to_the_backend_finds_its_sites_by_name() -> None:
+    model, inputs = toy(2), toy_inputs()
+    plan = two_rules(make_plan(model, toy_rules(2)))
+    exact, eager = (right(model, inputs, dtype)[0] for dtype in (torch.float64, torch.float32))
+    compiled = torch.compile(model, backend="evdit", options={"plan": plan, "inner": "eager"})
+    with torch.no_grad():
+        assert_close_to_fp64(compiled(**inputs), exact, eager)
+
+
 def test_half_precision() -> None:
     model, inputs = toy(2), toy_inputs()
     plan = two_rules(make_plan(model, toy_rules(2)))
