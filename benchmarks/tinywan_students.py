@@ -86,6 +86,13 @@ def variants(options: argparse.Namespace) -> list[Variant]:
             replace(trained, name=f"+ calibrated for density {d:g}", plan=own, density=own.density)
             for d, own in found_for.items()
         ),
+        replace(
+            trained,
+            name=f"+ calibrated for density {options.calibrated[-1]:g}, distilled",
+            plan=found_for[options.calibrated[-1]],
+            density=found_for[options.calibrated[-1]].density,
+            weights=options.knowledge_found,
+        ),
         Variant("its own scheduler asked for fewer steps", steps, True, placement=None),
         Variant("FewStepScheduler, even", steps, True),
         replace(reused, name=f"+ {rule}, on the distilled weights", **distilled),
@@ -102,12 +109,17 @@ def main() -> None:
     parser.add_argument(
         "--knowledge", type=Path, default=SHIPPED / "tinywan_6_steps_sparse.safetensors"
     )
+    parser.add_argument(
+        "--knowledge-found", type=Path, default=SHIPPED / "tinywan_6_steps_found.safetensors"
+    )
     parser.add_argument("--segments", type=int, default=6)
     parser.add_argument("--rule", default="2,1,balanced")
     parser.add_argument("--alike", default="4,1,balanced", help="costs what reuse costs")
     parser.add_argument("--calibrated", type=float, nargs="*", default=[0.36, 0.4])
     parser.add_argument("--clips", type=int, default=64)
-    parser.add_argument("--only", default="", help="variants whose name contains this")
+    parser.add_argument(
+        "--only", default="", help="variants whose name contains this; other rows are kept"
+    )
     parser.add_argument(
         "--samples", type=int, nargs=2, default=(4400, 300), help="trained on: C, K"
     )
@@ -144,6 +156,10 @@ def main() -> None:
         "rows": rows,
         "versions": installed_versions(),
     }
+    if options.only:
+        before = json.loads(options.output.read_text())
+        assert before["clips"] == options.clips, "rows of other clips cannot be kept"
+        rows[:] = [row for row in before["rows"] if options.only not in row["name"]]
     for variant in variants(options):
         clips = made(variant, pairs, options.work)
         calls = variant.steps * (2 if variant.guided else 1)
