@@ -49,7 +49,7 @@ def main() -> None:
         recording = record(stage, prompts, config, survey.grid_source.input)
     clock = measure_clock(drafter, recording)
     problem = make_problem(recording, clock.prices, config, denoiser.model)
-    planner = Planner(drafter, recording, problem)
+    planner = Planner(drafter, recording, problem, timed=True)
     dense.transformer.compile(dynamic=False)
     rows: list[dict[str, Any]] = []
     for target in arguments.targets:
