@@ -69,8 +69,16 @@ def first_error(model: nn.Module, inputs: dict[str, Tensor], seed: int = 0) -> f
     return float(wrong.sqrt())
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
-@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize(
+    ("grad", "inner"),
+    [
+        (False, "eager"),
+        (False, "inductor"),
+        (True, "eager"),
+        pytest.param(True, "inductor", marks=pytest.mark.nightly),
+    ],
+    ids=["no grad-eager", "no grad-inductor", "grad-eager", "grad-inductor"],
+)
 def test_it_measures_the_error_of_the_site_and_changes_nothing(inner: str, grad: bool) -> None:
     model, inputs = timed_toy(), {**conditioning(), "timestep": torch.tensor([1.0])}
     wanted = first_error(model, inputs)

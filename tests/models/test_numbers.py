@@ -16,14 +16,16 @@ SPARSE = [case for case in CASES if not case.refused]
 # wan: video alone. cogvideox: text before. mochi: text behind, samples of different length, one by
 # one.
 KINDS = ("wan", "cogvideox", "mochi")
-kinds = pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=case.name, marks=[] if case.name in KINDS else pytest.mark.nightly)
+
+
+def kinds(*often: str) -> pytest.MarkDecorator:
+    """Some models in every run, all of them with ``-m nightly``."""
+    cases = [
+        pytest.param(case, id=case.name, marks=[] if case.name in often else pytest.mark.nightly)
         for case in SPARSE
-    ],
-)
-"""In every run one of each kind, all of them with ``-m nightly``."""
+    ]
+    return pytest.mark.parametrize("case", cases)
+
 
 # Inductor also fuses and reorders the rest of the model.
 FUSED = 4
@@ -54,7 +56,7 @@ def test_outputs_are_those_of_dense_masks(case: Case) -> None:
 
 
 @pytest.mark.slow
-@kinds
+@kinds("wan", "cogvideox")
 @torch.no_grad()
 def test_inductor_computes_the_same(case: Case) -> None:
     shape = Shape(layers=1)
@@ -71,7 +73,7 @@ def test_inductor_computes_the_same(case: Case) -> None:
     assert rewritten == tuple(case.layouts(shape))
 
 
-@kinds
+@kinds(*KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @torch.no_grad()
 def test_a_batch_of_two(case: Case, dtype: torch.dtype) -> None:
@@ -100,7 +102,7 @@ def differing(call: dict[str, Any]) -> dict[str, Any]:
     return call
 
 
-@kinds
+@kinds(*KINDS)
 def test_gradients(case: Case) -> None:
     found = compare_gradients(case, Shape())
     assert found["error"] <= found["bound"]

@@ -40,6 +40,7 @@ def test_a_model_quantized_afterwards() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # the eager ones above run always
 def test_a_quantized_model_through_inductor() -> None:
     pair = Pair(Shape(layers=1))
     pair.both(quantize)
