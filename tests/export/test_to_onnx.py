@@ -11,6 +11,7 @@ from evdit_opt.errors import UnsupportedInputError
 from evdit_opt.export import export_onnx, export_program, to_onnx
 from evdit_opt.export.to_onnx import write_onnx
 from evdit_opt.masks import Rule
+from evdit_opt.second_rule import SecondRule
 from tests.export.planned import Planned, planned, planned_toy
 
 onnx = pytest.importorskip("onnx", reason="needs the extra export")
@@ -66,6 +67,17 @@ def test_operator_set_23_has_an_attention_of_its_own(tmp_path: Path) -> None:
     assert __file__.encode() not in path.read_bytes(), "the file tells where it was made"
     assert b"toy_dit.py" not in path.read_bytes()
     assert relative(run(path, given), given.optimized()) < CLOSE
+
+
+def test_two_rules_at_a_site(tmp_path: Path) -> None:
+    given = planned_toy()
+    static = given.optimized()
+    second = SecondRule(rule=Rule(1, weighting="balanced"), heads=(1,), total=2)
+    sites = tuple(replace(site, second=second) for site in given.plan.sites)
+    given = replace(given, plan=replace(given.plan, sites=sites))
+    path = export_onnx(given.model, given.call, tmp_path / "toy.onnx", given.plan)
+    assert relative(run(path, given), given.optimized()) < CLOSE
+    assert relative(static, given.optimized()) > 10 * CLOSE
 
 
 def test_weights_may_lie_beside_the_model(tmp_path: Path) -> None:
