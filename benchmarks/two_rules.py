@@ -1,6 +1,8 @@
 """Static plans of TinyWan with and without two rules at a site, at equal density.
 
     python -m benchmarks.two_rules
+    python -m benchmarks.two_rules --steps 8 --output benchmarks/results/cpu/two_rules_8_steps.json
+    python -m benchmarks.two_rules --quote
 
 Both are what ``make_plan`` returns; for the second one the kind of plan that may give the heads of
 a site two rules is not offered. Judged on clips of prompts and noise that it did not see.
@@ -8,6 +10,8 @@ a site two rules is not offered. Judged on clips of prompts and noise that it di
 
 import argparse
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,6 +27,9 @@ from evdit_opt.models import as_denoiser
 from evdit_opt.versions import installed_versions
 
 OUTPUT = Path("benchmarks/results/cpu/two_rules.json")
+RESULTS = (OUTPUT, OUTPUT.with_name("two_rules_8_steps.json"))
+PAGE = Path("docs/notes/head_groups.md")
+BLOCK = re.compile(r"(<!-- two rules: .*? -->\n).*?(<!-- /two rules -->)", re.DOTALL)
 CHOSEN_SEED, JUDGED_SEED = 100, 7000
 DENSITIES = (0.2, 0.3)
 
@@ -42,7 +49,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--keep-in", type=Path, help="for finished runs, which both plans share")
     parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--quote", action="store_true", help="put the results into the page")
     arguments = parser.parse_args()
+    if arguments.quote:
+        found = [json.loads(path.read_text()) for path in RESULTS if path.exists()]
+        PAGE.write_text(quote(PAGE.read_text(), found))
+        return
     steps = arguments.steps
     prompts = [TRAINED[n * 7 % len(TRAINED)].caption() for n in range(arguments.prompts)]
     unseen = [HELD_OUT[n % len(HELD_OUT)].caption() for n in range(arguments.clips)]
@@ -96,6 +108,28 @@ def main() -> None:
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def quote(page: str, results: Sequence[dict[str, Any]]) -> str:
+    """docs/notes/head_groups.md with the table of these results in it."""
+    lines = [
+        "| steps | budget | two rules | plan | density | sites with two | PSNR dB | gain, paired "
+        "| flicker / dense |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        for row in result["runs"]:
+            gain = ""
+            if row["two_rules_offered"]:
+                gain = f"{row['gain_db']:+.1f} ± {row['gain_db_stderr']:.1f}"
+            cells = [
+                result["steps"], row["budget"], "yes" if row["two_rules_offered"] else "no",
+                row["kind"], f"{row['density']:.3f}", row["sites_with_two"],
+                f"{row['psnr_db']:.1f}", gain, f"{row['flicker_ratio']:.2f}",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    table = "\n".join(lines)
+    return BLOCK.sub(lambda match: f"{match[1]}{table}\n{match[2]}", page)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ def counting(what: str, at_most: int, shown: bool = True) -> Iterator[Callable[[
         To be called after each step.
     """
     with _bar("at most", shown) as progress:
-        yield partial(progress.advance, progress.add_task(what, total=at_most))
+        task = progress.add_task(what, total=at_most)
+        yield partial(progress.advance, task)
+        progress.update(task, total=progress.tasks[task].completed)  # there is no more to do
 
 
 def _bar(before_time: str, shown: bool) -> Progress:

@@ -14,5 +14,5 @@ def test_bars_count(shown: bool, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr()
     assert printed.out == ""
     assert ("reading" in printed.err and "3/3" in printed.err) is shown
-    assert ("refining" in printed.err and "7/50" in printed.err) is shown
+    assert ("refining" in printed.err and "7/7" in printed.err) is shown
     assert ("at most" in printed.err) is shown

@@ -1,8 +1,11 @@
 """A rule per head: what errors add up to, which choice is best, what attention then computes."""
 
+import json
+
 import pytest
 import torch
 
+from benchmarks import two_rules
 from benchmarks.head_choice import (
     choose,
     choose_uniform,
@@ -138,3 +141,10 @@ def test_the_page_quotes_the_committed_results() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert quoted() == page
     assert page.count("| reuse | 0.4 | head | ") == 2
+
+
+def test_the_page_quotes_what_two_rules_gain() -> None:
+    page = two_rules.PAGE.read_text()
+    found = [json.loads(path.read_text()) for path in two_rules.RESULTS if path.exists()]
+    assert sum(len(result["runs"]) for result in found) >= 4
+    assert two_rules.quote(page, found) == page
