@@ -21,6 +21,10 @@ from evdit_opt.whole_file import whole_file
 __all__ = ["described", "require_same", "write_begun"]
 
 BEGUN = "begun.json"
+ALWAYS = ("guidance", "negative_prompt", "full_steps", "time_shift", "seed", "lora_rank",
+          "lora_modules")  # fmt: skip
+"""Settings of a fine-tuning that every stage depends on."""
+
 RUNNING = ("inner", "impl", "progress", "pipe_kwargs")
 """Settings of a search that say how it runs, not what it finds; ``pipe_kwargs`` are all stages'."""
 
@@ -43,10 +47,7 @@ def described(
         "call": {name: str(value) for name, value in search.pipe_kwargs.items()},
         "stages": config.stages[: index + 1],
     }
-    for name in ("guidance", "negative_prompt", "full_steps", "time_shift", "seed"):
-        found[name] = getattr(config, name)
-    for name in ("lora_rank", "lora_modules"):
-        found[name] = getattr(config, name)
+    found |= {name: getattr(config, name) for name in ALWAYS}
     if "consistency" in found["stages"]:
         found["first_teacher_steps"], found["huber"] = config.first_teacher_steps, config.huber
         if config.latents is None and config.data is None:

@@ -77,8 +77,8 @@ def rehearse(run: Finetuning) -> list[Rehearsal]:
             for _ in range(2):
                 begin = time.perf_counter()
                 with torch.autocast(device, torch.bfloat16, enabled=settings.bf16):
-                    found_here = losses(run.model, numbers)
-                found_here["loss"].backward()
+                    loss = losses(run.model, numbers)["loss"]
+                loss.backward()
                 if on_gpu:
                     torch.cuda.synchronize()
                 seconds = time.perf_counter() - begin
