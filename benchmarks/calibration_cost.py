@@ -59,7 +59,7 @@ def main() -> None:
         print(json.dumps(part(arguments.part, arguments.prompts, arguments.steps)))
         return
     given = ["--prompts", str(arguments.prompts), "--steps", str(arguments.steps)]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
     found = {}
     for what in ("dense", "calibration"):
         command = [sys.executable, "-m", "benchmarks.calibration_cost", "--part", what, *given]
