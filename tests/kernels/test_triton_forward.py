@@ -61,6 +61,7 @@ def test_other_block_sizes(block_m: int, block_n: int) -> None:
         check_forward(dataclasses.replace(CASE, layout=layout, padding="none", kind="transposed"))
 
 
+@pytest.mark.nightly  # 20 seconds in the interpreter
 def test_a_frame_of_cogvideox() -> None:
     """1,350 tokens: 21 blocks of 64 and 6 tokens."""
     layout = TokenLayout(VideoGrid(2, 1350, 1), prefix=10)

@@ -1,5 +1,6 @@
 """Every model computes, with a plan applied, what it computes eagerly with dense masks."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -10,21 +11,26 @@ from evdit_opt.passes.observe_attention import observe
 from tests.models.case import Case, Shape
 from tests.models.comparison import APART, Reference, compare_gradients, far, plan_of
 from tests.models.small_models import BY_NAME, CASES
+from tests.often import often
 
-SPARSE = [case for case in CASES if not case.refused]
+SPARSE = {case.name: case for case in CASES if not case.refused}
 
 # wan: video alone. cogvideox: text before. mochi: text behind, samples of different length, one by
 # one.
 KINDS = ("wan", "cogvideox", "mochi")
 
 
-def kinds(*often: str) -> pytest.MarkDecorator:
-    """Some models in every run, all of them with ``-m nightly``."""
-    cases = [
-        pytest.param(case, id=case.name, marks=[] if case.name in often else pytest.mark.nightly)
-        for case in SPARSE
-    ]
-    return pytest.mark.parametrize("case", cases)
+# Their attention is that of another model, which runs every time; so does the detection of all
+# (tests/models/test_sites.py).
+ALIKE = {
+    "anyflow", "chronoedit", "cogvideox15", "consisid", "framepack", "helios_nohist", "hunyuan_i2v",
+    "joyimage_plus", "kandinsky6", "minimax_h3", "motif_xattn", "sana_wm", "skyreels",
+    "wan_animate", "wan_i2v", "wan_vace",
+}  # fmt: skip
+
+
+def kinds(names: Iterable[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", often(names, SPARSE))
 
 
 # Inductor also fuses and reorders the rest of the model.
@@ -39,7 +45,7 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-@pytest.mark.parametrize("case", SPARSE, ids=[case.name for case in SPARSE])
+@kinds(set(SPARSE) - ALIKE)
 @torch.no_grad()
 def test_outputs_are_those_of_dense_masks(case: Case) -> None:
     shape = Shape()
@@ -56,7 +62,7 @@ def test_outputs_are_those_of_dense_masks(case: Case) -> None:
 
 
 @pytest.mark.slow
-@kinds("wan", "cogvideox")
+@kinds(["wan"])
 @torch.no_grad()
 def test_inductor_computes_the_same(case: Case) -> None:
     shape = Shape(layers=1)
@@ -73,7 +79,7 @@ def test_inductor_computes_the_same(case: Case) -> None:
     assert rewritten == tuple(case.layouts(shape))
 
 
-@kinds(*KINDS)
+@kinds(KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @torch.no_grad()
 def test_a_batch_of_two(case: Case, dtype: torch.dtype) -> None:
@@ -102,15 +108,15 @@ def differing(call: dict[str, Any]) -> dict[str, Any]:
     return call
 
 
-@kinds(*KINDS)
+@kinds(KINDS)
 def test_gradients(case: Case) -> None:
     found = compare_gradients(case, Shape())
     assert found["error"] <= found["bound"]
     assert found["gap"] > 100 * found["bound"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["wan", pytest.param("hunyuan", marks=pytest.mark.nightly)])
+@pytest.mark.nightly  # every time: tests/test_reuse_gradients.py, tests/test_two_rules.py
+@pytest.mark.parametrize("name", ["wan", "hunyuan"])
 def test_gradients_through_inductor(name: str) -> None:
     found = compare_gradients(BY_NAME[name], Shape(layers=1), inner="inductor")
     bound = FUSED * found["bound"]

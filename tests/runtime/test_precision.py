@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from tests.models.case import Shape
+from tests.often import often
 from tests.runtime.pair import WAN, Pair
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+dtypes = pytest.mark.parametrize("dtype", often(["bf16"], DTYPES))
 
 
 def test_inference_mode_and_back() -> None:

@@ -22,7 +22,7 @@ def second_step(model: nn.Module, shape: Shape) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.nightly), "after"])
 def test_skipped_blocks_are_those_of_the_plain_model(when: str) -> None:
     pair = Pair(Shape(layers=3))
     cache = FirstBlockCacheConfig(threshold=10.0)  # the second step skips all blocks but the first
