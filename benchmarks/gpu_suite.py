@@ -5,17 +5,18 @@
 
 Every finished row is in benchmarks/results/<device>/gpu_suite.json before the next one begins; rows
 that are there already are skipped, so a call that was cut short is continued by the same call. The
-parts, and the shapes within them, come in the order of their importance. Then
+parts, and the shapes within them, come in the order of their importance. What fails is told and
+left out, the rest is measured, and the call ends with exit code 1. Then
 ``python benchmarks/performance_table.py`` writes docs/performance.md.
 """
 
 import argparse
-import gc
+import importlib.util
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -27,6 +28,7 @@ from benchmarks import contenders, video_dit
 from benchmarks.measure import Rows, device_folder, environment, interleaved, peak_bytes
 from benchmarks.sampled_error import sampled_errors
 from benchmarks.shapes import MODELS, TINY, Shape
+from benchmarks.suite import Suite
 from evdit_opt.apply import apply_plan, report, restore
 from evdit_opt.kernels import autotune, tile_attention
 from evdit_opt.masks import Rule, TileMask
@@ -34,50 +36,8 @@ from evdit_opt.masks import Rule, TileMask
 ROOT = Path(__file__).parents[1]
 # A dense backend this many times as slow as the fastest in its first round is not run again.
 GIVE_UP = 1.5
-
-
-@dataclass(kw_only=True)
-class Suite:
-    """What all parts share.
-
-    Attributes:
-        device: "cuda", or "cpu" for a dry run.
-        tiny: small shapes and few rounds.
-        rows: what was measured.
-        budget: seconds for the whole run.
-        rounds: timed rounds.
-    """
-
-    device: str
-    tiny: bool
-    rows: Rows
-    budget: float
-    rounds: int
-    begin: float = field(default_factory=time.monotonic)
-    longest: float = 0.0
-    compiled: dict[Any, Any] = field(default_factory=dict)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.device == "cuda" else torch.float32
-
-    @property
-    def shapes(self) -> tuple[Shape, ...]:
-        return TINY if self.tiny else MODELS
-
-    def due(self, names: list[str]) -> bool:
-        """Whether some of these rows are missing, and there is time for what has taken longest."""
-        left = self.budget - (time.monotonic() - self.begin)
-        return any(name not in self.rows for name in names) and left > 1.2 * self.longest
-
-    def take_time(self, work: Callable[[], None]) -> None:
-        """Do one piece of work, remember how long it took, and free what it held."""
-        start = time.monotonic()
-        work()
-        self.longest = max(self.longest, time.monotonic() - start)
-        gc.collect()
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
+# Compiling a kernel takes a test longer than running it: several processes share the GPU.
+TEST_PROCESSES = 8
 
 
 def fused(suite: Suite) -> bool:
@@ -114,8 +74,9 @@ def attention_rows(suite: Suite, shape: Shape, backward: bool) -> None:
         try:
             call()
             calls[name] = call
-        except RuntimeError as error:
-            failed[name] = str(error).splitlines()[0]
+        except Exception as error:  # Triton's and Dynamo's own errors have no base in common
+            failed[name] = first_line(error)
+            suite.failed.append(f"{kind}/{shape.name}/{name}")
     baselines = {name: call for name, call in calls.items() if name in dense}
     first = interleaved(baselines, 1, suite.device)
     best = min(times[0] for times in first.values())
@@ -130,7 +91,8 @@ def attention_rows(suite: Suite, shape: Shape, backward: bool) -> None:
             key.removeprefix(f"{name} "): times
             for key, times in seconds.items() if key.startswith(f"{name} ") or key in dense
         }  # fmt: skip
-        errors = judge(suite, shape, mask, inputs, grad)
+        able = [impl for impl in implementations(suite) if f"{name} {impl}" in calls]
+        errors = judge(able, shape, mask, inputs, grad)
         row = attention_row(shape, mask, own, backward)
         why = {key: text for key, text in failed.items() if key.startswith((f"{name} ", "dense"))}
         suite.rows.add(f"{kind}/{shape.name}/{name}", {**row, "errors": errors, "cannot": why})
@@ -167,16 +129,21 @@ def attention_row(
     }  # fmt: skip
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in short."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
+
+
 def judge(
-    suite: Suite,
+    able: list[str],
     shape: Shape,
     mask: TileMask,
     inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     grad: torch.Tensor | None,
 ) -> dict[str, dict[str, float]]:
-    """Largest errors of every implementation against float64, on sampled rows."""
+    """Largest errors of implementations against float64, on sampled rows."""
     errors = {}
-    for impl in implementations(suite):
+    for impl in able:
         leaves = [x.detach().requires_grad_(grad is not None) for x in inputs]
         out, lse = tile_attention(*leaves, mask, shape.layout, impl=impl, return_lse=True)
         grads = None if grad is None else torch.autograd.grad(out, leaves, grad)
@@ -195,24 +162,28 @@ def part_tests(suite: Suite) -> None:
         marker = "gpu" if suite.device == "cuda" else "gpu and not gpu"
         command = [sys.executable, "-m", "pytest", "-q", "-m", marker, "-p", "no:cacheprovider",
                    "--maxfail=20", "tests/kernels"]  # fmt: skip
+        if importlib.util.find_spec("xdist") is not None:
+            command += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
         limit = suite.budget - (time.monotonic() - suite.begin)
         try:
             done = subprocess.run(
                 command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False
             )
-            tail, code = done.stdout[-4000:], done.returncode
-        except subprocess.TimeoutExpired as error:
-            tail, code = f"ran past {limit:.0f} s: {error.stdout}"[-4000:], 124
-        suite.rows.add("tests", {"exit_code": code, "tail": tail})
+        except subprocess.TimeoutExpired as error:  # what it holds are bytes, or None
+            tail = (error.stdout or b"").decode(errors="replace")[-4000:]
+            raise RuntimeError(f"the tests ran past {limit:.0f} s:\n{tail}") from None
+        tail = (done.stdout + done.stderr)[-4000:]
+        suite.rows.add("tests", {"exit_code": done.returncode, "tail": tail})
 
-    suite.take_time(run)
+    suite.take_time("tests", run)
 
 
 def part_attention(suite: Suite, backward: bool) -> None:
     kind = "backward" if backward else "forward"
     for shape in suite.shapes:
         if suite.due([f"{kind}/{shape.name}/{name}" for name in shape.masks()]):
-            suite.take_time(lambda shape=shape: attention_rows(suite, shape, backward))
+            name = f"{kind}/{shape.name}"
+            suite.take_time(name, partial(attention_rows, suite, shape, backward))
 
 
 def part_memory(suite: Suite) -> None:
@@ -220,20 +191,25 @@ def part_memory(suite: Suite) -> None:
     if suite.device != "cuda":
         return
     for shape in suite.shapes[:3]:
-        name, mask = next(iter(shape.masks().items()))
-        if not suite.due([f"memory/{shape.name}"]):
-            continue
-        inputs = contenders.make_inputs(shape, suite.dtype, suite.device)
-        grad = torch.randn_like(inputs[0])
-        attentions = {"dense": torch.nn.functional.scaled_dot_product_attention} | {
-            impl: contenders.ours(shape, mask, impl) for impl in implementations(suite)
-        }
-        peaks = {
-            f"{who} {kind}": peak_bytes(contenders.timed(attention, inputs, given))
-            for who, attention in attentions.items()
-            for kind, given in (("forward", None), ("backward", grad))
-        }
-        suite.rows.add(f"memory/{shape.name}", {"rule": name, "bytes": peaks})
+        name = f"memory/{shape.name}"
+        if suite.due([name]):
+            suite.take_time(name, partial(memory, suite, shape, name))
+
+
+def memory(suite: Suite, shape: Shape, name: str) -> None:
+    """The peaks of one shape under its first mask."""
+    rule, mask = next(iter(shape.masks().items()))
+    inputs = contenders.make_inputs(shape, suite.dtype, suite.device)
+    grad = torch.randn_like(inputs[0])
+    attentions = {"dense": torch.nn.functional.scaled_dot_product_attention} | {
+        impl: contenders.ours(shape, mask, impl) for impl in implementations(suite)
+    }
+    peaks = {
+        f"{who} {kind}": peak_bytes(contenders.timed(attention, inputs, given))
+        for who, attention in attentions.items()
+        for kind, given in (("forward", None), ("backward", grad))
+    }
+    suite.rows.add(name, {"rule": rule, "bytes": peaks})
 
 
 def part_sweep(suite: Suite) -> None:
@@ -247,14 +223,13 @@ def part_sweep(suite: Suite) -> None:
             continue
         seen.add(shape.head_dim)
         for kernel in ("forward", "grad_q", "grad_kv"):
-            if suite.due([f"sweep/{shape.name}/{kernel}"]):
-                suite.take_time(partial(sweep, suite, shape, name, mask, kernel))
+            row = f"sweep/{shape.name}/{kernel}"
+            if suite.due([row]):
+                suite.take_time(row, partial(sweep, suite, shape, name, mask, kernel))
 
 
 def sweep(suite: Suite, shape: Shape, name: str, mask: TileMask, kernel: str) -> None:
     """One kernel: the forward pass, or the whole backward pass with only this kernel changed."""
-    from triton.errors import TritonError
-
     from evdit_opt.kernels import triton_backward, triton_forward
     from evdit_opt.kernels.geometry import Geometry
     from evdit_opt.kernels.triton_configs import LaunchConfig, candidates
@@ -284,8 +259,8 @@ def sweep(suite: Suite, shape: Shape, name: str, mask: TileMask, kernel: str) ->
         try:
             call(config)
             calls[text] = partial(call, config)
-        except (TritonError, RuntimeError) as error:
-            failed[text] = str(error).splitlines()[0][:200]
+        except Exception as error:  # most often: not enough shared memory or registers
+            failed[text] = first_line(error)
     seconds = interleaved(calls, suite.rounds, suite.device, give_up=GIVE_UP)
     times = {text: 1e3 * median(own) for text, own in seconds.items()}
     suite.rows.add(f"sweep/{shape.name}/{kernel}", {
@@ -335,7 +310,7 @@ def part_step(suite: Suite) -> None:
             "auto": [choice.describe() for choice in autotune.choices()],
         })  # fmt: skip
 
-    suite.take_time(run)
+    suite.take_time("step", run)
 
 
 PARTS: dict[str, Callable[[Suite], None]] = {
@@ -359,7 +334,8 @@ def show(rows: Rows) -> str:
                 + (f" x{own['speedup']:.2f}" if "speedup" in own else "")
                 for who, own in row["results"].items()
             )
-            lines.append(f"{name}: ideal x{row['ideal']:.2f}; {text}")
+            cannot = "".join(f"; {who}: {why}" for who, why in row["cannot"].items())
+            lines.append(f"{name}: ideal x{row['ideal']:.2f}; {text}{cannot}")
         else:
             facts = {key: value for key, value in row.items() if key not in ("commit", "date")}
             lines.append(f"{name}: {str(facts)[:400]}")
@@ -389,6 +365,8 @@ def main(arguments: list[str] | None = None) -> Rows:
         PARTS[name](suite)
     print(show(suite.rows))
     print(f"rows are in {suite.rows.path}")
+    if suite.failed:
+        sys.exit(f"failed, see above: {', '.join(suite.failed)}")
     return suite.rows
 
 

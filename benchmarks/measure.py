@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -90,9 +91,9 @@ def environment(device: str, commit: str | None = None) -> dict[str, Any]:
 
     Args:
         device: "cpu" or "cuda".
-        commit: of this repository; None asks git.
+        commit: of this repository; None asks git, where there is one.
     """
-    if commit is None:
+    if commit is None and shutil.which("git") is not None:
         ask = ["git", "rev-parse", "HEAD"]
         commit = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()
     found: dict[str, Any] = {

@@ -79,6 +79,32 @@ def test_an_interrupted_run_leaves_whole_rows(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_what_fails_costs_nothing_else(tmp_path: Path) -> None:
+    from triton.errors import TritonError
+
+    from evdit_opt.kernels import triton_forward
+
+    output = tmp_path / "rows.json"
+    broken = mock.patch.object(triton_forward, "forward", side_effect=TritonError("too large"))
+    failed = r"sweep/tiny/forward.*forward/tiny/1:4 triton"
+    with broken, pytest.raises(SystemExit, match=failed):
+        run(output, parts=["sweep", "forward"])
+    rows = json.loads(output.read_text())["rows"]
+    assert list(rows) == [f"forward/{shape.name}/{name}" for shape in TINY for name in shape.masks()]
+    first = rows["forward/tiny/1:4"]
+    assert set(first["results"]) == {"dense", "decomposed"}
+    assert set(first["errors"]) == {"decomposed"}
+    assert first["cannot"] == {"1:4 triton": "TritonError: too large"}
+
+
+def test_tests_that_take_too_long_are_run_again(tmp_path: Path) -> None:
+    late = subprocess.TimeoutExpired([], 1.0, output=b"....F")
+    with mock.patch.object(subprocess, "run", side_effect=late), pytest.raises(SystemExit):
+        gpu_suite.main([*DRY, "--part", "tests", "--commit", "abc", "--part", "memory",
+                        "--output", str(tmp_path / "rows.json")])  # fmt: skip
+    assert not (tmp_path / "rows.json").exists()
+
+
 def test_the_part_that_runs_the_tests(tmp_path: Path) -> None:
     done = subprocess.CompletedProcess([], 1, stdout="1 failed", stderr="")
     with mock.patch.object(subprocess, "run", return_value=done) as call:
