@@ -9,7 +9,7 @@ from torch import Tensor
 
 from evdit_opt.grid import TokenLayout
 from evdit_opt.kernels import ops, short_calls  # noqa: F401  (ops: registers torch.ops.evdit)
-from evdit_opt.kernels.checks import check_frames, check_groups
+from evdit_opt.kernels.checks import check_frames, check_groups, check_tangents
 from evdit_opt.masks import TileMask
 
 __all__ = ["tile_attention"]
@@ -75,7 +75,8 @@ def tile_attention(
 
     Raises:
         MaskError: if mask, layout, tensors, ``attn_mask`` or ``impl`` do not fit together.
-        UnsupportedInputError: if dtype, device or head_dim are not supported.
+        UnsupportedInputError: if dtype, device or head_dim are not supported, or for forward-mode
+            differentiation.
     """
     if not isinstance(mask, TileMask):
         return _by_group(q, k, v, mask, layout, scale, attn_mask, impl, return_lse)
@@ -84,6 +85,8 @@ def tile_attention(
     if is_plain and short_calls.is_short(q, k, v, impl):
         return short_calls.attend(q, k, v, mask, layout, scale, impl)
     check_frames(mask, layout)
+    if not compiling:
+        check_tangents(q, k, v)
     intervals, log_weights = mask.segments() if compiling else _segments(mask)
     out, lse = torch.ops.evdit.tile_attention(
         q, k, v, attn_mask, intervals, log_weights,

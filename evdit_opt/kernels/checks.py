@@ -4,13 +4,17 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from evdit_opt.errors import MaskError, UnsupportedInputError
 from evdit_opt.grid import TokenLayout
 from evdit_opt.kernels.geometry import Geometry
 from evdit_opt.masks import TileMask
 
-__all__ = ["check_frames", "check_groups", "check_inputs", "check_segments", "check_values"]
+__all__ = [
+    "check_frames", "check_groups", "check_inputs", "check_segments", "check_tangents",
+    "check_values",
+]  # fmt: skip
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_HEAD_DIM = 256
@@ -50,7 +54,8 @@ def check_inputs(
 
     Raises:
         MaskError: if shapes, layout or attn_mask do not fit together.
-        UnsupportedInputError: if a dtype or head_dim is not supported, or devices differ.
+        UnsupportedInputError: if a dtype or head_dim is not supported, devices differ, or a tensor
+            carries a tangent (forward-mode differentiation).
     """
     shape, keys, values = q.shape, k.shape, v.shape
     if not len(shape) == len(keys) == len(values) == 4 or any(map(_differ, keys, values)):
@@ -68,7 +73,7 @@ def check_inputs(
         raise MaskError(
             f"expected the heads of q to be a multiple of those of k, got {heads} and {keys[1]}"
         )
-    if _differ(seq, geometry.seq_len) or geometry.frames < 1 or geometry.tokens < 1:
+    if _differ(seq, geometry.seq_len) or not geometry.is_valid:
         raise MaskError(
             f"expected seq = prefix + frames * tokens_per_frame + suffix = {geometry.prefix} + "
             f"{geometry.frames} * {geometry.tokens} + {geometry.suffix} = {geometry.seq_len}, "
@@ -88,6 +93,22 @@ def check_inputs(
         )
     if attn_mask is not None:
         _check_attn_mask(q, attn_mask)
+    check_tangents(q, k, v)
+
+
+def check_tangents(*tensors: Tensor) -> None:
+    """Check that nobody differentiates forward: PyTorch drops the tangents of custom operators.
+
+    To be asked before the operator, too: there ``torch.func.jvp`` has unwrapped its tensors.
+
+    Raises:
+        UnsupportedInputError: if a tensor carries a tangent.
+    """
+    if any(unpack_dual(x).tangent is not None for x in tensors):
+        raise UnsupportedInputError(
+            "expected q, k, v without tangents, as tile attention has no forward-mode derivative; "
+            "use reverse mode instead of torch.func.jvp, or attend densely there"
+        )
 
 
 @lru_cache(maxsize=256)

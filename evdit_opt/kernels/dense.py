@@ -25,6 +25,10 @@ CHUNK_LOGITS = 1 << 24
 CPU_LARGE_TILES = 768
 CPU_KEY_STRETCH = 2048
 
+# Masks say "no" by the most negative number of their dtype, too. Scaled or cast by a kernel it
+# would be -inf, and a piece of keys that are all hidden so would be NaN; this is 0 as well.
+LOWEST_BIAS = -1e30
+
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of a log-sum-exp, and of accumulators, for inputs of ``dtype``."""
@@ -92,11 +96,16 @@ def attend_backward(
 
 
 def key_bias(attn_mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """A key-padding mask as additive numbers ``[batch | 1, heads | 1, 1, seq]``."""
+    """A key-padding mask as additive numbers ``[batch | 1, heads | 1, 1, seq]``.
+
+    They are -inf, or numbers that stay finite in the dtype of q and in base 2.
+    """
     if attn_mask is None:
         return None
     if attn_mask.dtype != torch.bool:
-        return attn_mask.to(lse_dtype(q.dtype))
+        numbers = attn_mask.to(lse_dtype(q.dtype))
+        lowest = max(LOWEST_BIAS, torch.finfo(q.dtype).min)
+        return torch.where(numbers == -math.inf, numbers, numbers.clamp(min=lowest))
     bias = torch.zeros(attn_mask.shape, dtype=lse_dtype(q.dtype), device=q.device)
     return bias.masked_fill_(~attn_mask, -math.inf)
 

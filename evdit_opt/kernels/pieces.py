@@ -75,8 +75,8 @@ def pieces_of(
     """
     blocks = plan.blocks(rows or rows_per_block(geometry, q.device.type))
     dense = geometry.ranges(plan.dense, with_text=True)
-    # The rows of a block take the place of the batch.
-    one_by_one = q.shape[0] > 1 and any(block.count > 1 for block in blocks)
+    # The rows of a block take the place of the batch: of one sample, or there are none.
+    one_by_one = q.shape[0] != 1 and any(block.count > 1 for block in blocks)
     batches = [slice(b, b + 1) for b in range(q.shape[0])] if one_by_one else [slice(None)]
     shared = [weights for _, weights in shared_ranges(plan, geometry)]
     groups = q.shape[1] // kv_heads

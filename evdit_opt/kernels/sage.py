@@ -1,10 +1,11 @@
 """SageAttention as the dense kernel of the decomposition: 8-bit arithmetic, where it is installed.
 
 Its results are not exact, so only a caller who asks for impl="sage" gets it. Not measured: nobody
-here has run it on a GPU. The package: https://github.com/thu-ml/SageAttention, 2.0 or later.
+here has run it on a GPU. Version 2 or later: the one on PyPI is 1, whose merge would be wrong.
 """
 
 import importlib.util
+import inspect
 from functools import cache
 
 import torch
@@ -16,19 +17,26 @@ __all__ = ["attend", "check"]
 
 DEVICES = ("cuda",)
 MAX_HEAD_DIM = 128
+SOURCE = "https://github.com/thu-ml/SageAttention"
 
 
 def check(q: Tensor, attn_mask: Tensor | None) -> None:
     """Check that SageAttention can run on tensors like these.
 
     Raises:
-        UnsupportedInputError: if it is not installed, or for another device than CUDA, another
-            dtype than float16 or bfloat16, a head_dim beyond 128, or with a key-padding mask.
+        UnsupportedInputError: if it is not installed, or an older one, or for another device than
+            CUDA, another dtype than float16 or bfloat16, a head_dim beyond 128, or with a
+            key-padding mask.
     """
     if not _is_installed():
         raise UnsupportedInputError(
-            "expected SageAttention for impl='sage', it is not installed; pip install "
-            "sageattention, or use impl='auto'"
+            "expected SageAttention 2 for impl='sage', it is not installed; install it from "
+            f"{SOURCE}, or use impl='auto'"
+        )
+    if not _returns_lse():
+        raise UnsupportedInputError(
+            "expected SageAttention 2 for impl='sage', got an older one, which returns no "
+            f"log-sum-exp; install it from {SOURCE}, or use impl='auto'"
         )
     if q.device.type not in DEVICES:
         raise UnsupportedInputError(
@@ -62,3 +70,11 @@ def attend(
 @cache
 def _is_installed() -> bool:
     return importlib.util.find_spec("sageattention") is not None
+
+
+@cache
+def _returns_lse() -> bool:
+    """Version 1, which PyPI has, swallows return_lse and returns one tensor."""
+    from sageattention import sageattn
+
+    return "return_lse" in inspect.signature(sageattn).parameters

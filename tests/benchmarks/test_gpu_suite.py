@@ -90,7 +90,9 @@ def test_what_fails_costs_nothing_else(tmp_path: Path) -> None:
     with broken, pytest.raises(SystemExit, match=failed):
         run(output, parts=["sweep", "forward"])
     rows = json.loads(output.read_text())["rows"]
-    assert list(rows) == [f"forward/{shape.name}/{name}" for shape in TINY for name in shape.masks()]
+    assert list(rows) == [
+        f"forward/{shape.name}/{name}" for shape in TINY for name in shape.masks()
+    ]
     first = rows["forward/tiny/1:4"]
     assert set(first["results"]) == {"dense", "decomposed"}
     assert set(first["errors"]) == {"decomposed"}

@@ -67,6 +67,18 @@ def test_few_queries_take_the_keys_in_stretches(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_lowest_number_hides_and_stays_finite(dtype: torch.dtype) -> None:
+    """In the kernels' dtype and base 2: a piece of keys hidden like this is merged, not NaN."""
+    lowest = torch.tensor([torch.finfo(torch.float32).min, -math.inf, -3.5]).view(1, 1, 1, 3)
+    bias = dense.key_bias(lowest, torch.empty(1, dtype=dtype))
+    assert bias is not None
+    low = (bias.to(dtype).float() / math.log(2)).flatten()
+    assert low.isfinite().tolist() == [True, False, True]
+    assert low[0] < -6e4
+    assert bias[..., 1:].flatten().tolist() == [-math.inf, -3.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_lse_is_float32(dtype: torch.dtype) -> None:
     out, lse = dense.attend(*tensors(SHAPES[1], dtype), None, 0.2)
     assert out.dtype == dtype

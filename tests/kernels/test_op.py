@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from evdit_opt.errors import MaskError, UnsupportedInputError
@@ -133,6 +134,20 @@ def test_lse_carries_no_gradient() -> None:
     assert not lse.requires_grad
 
 
+def test_tangents_are_an_error_not_dropped() -> None:
+    q, k, v = (x.detach() for x in inputs("transposed"))
+
+    def call(q: Tensor) -> Tensor:
+        return tile_attention(q, k, v, MASK, LAYOUT, impl="reference")
+
+    with pytest.raises(UnsupportedInputError, match=r"without tangents.* torch\.func\.jvp"):
+        torch.func.jvp(call, (q,), (q,))
+    with forward_ad.dual_level(), pytest.raises(UnsupportedInputError, match="without tangents"):
+        torch.ops.evdit.tile_attention(
+            forward_ad.make_dual(q, q), k, v, None, *MASK.segments(), 5, 12, 3, 2, None, "auto"
+        )
+
+
 def test_importing_loads_no_triton() -> None:
     code = "import sys, evdit_opt.kernels; sys.exit('triton' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -211,6 +226,13 @@ def test_numbers_an_additive_mask_must_not_hold(value: float, impl: str) -> None
     for function in (tile_attention, torch.compile(tile_attention, backend="aot_eager")):
         with pytest.raises(MaskError, match=r"finite numbers or -inf in attn_mask, got NaN or"):
             function(Q, K, K, MASK, LAYOUT, attn_mask=padding, impl=impl)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_less_than_no_text_is_an_error(device: str) -> None:
+    q, k = Q.to(device), K.to(device)
+    with pytest.raises(MaskError, match=r"expected seq = prefix .* = -3 \+ 5 \* 12 \+ 8 = 65"):
+        torch.ops.evdit.tile_attention(q, k, k, None, *MASK.segments(), 5, 12, -3, 8, None, "auto")
 
 
 def test_tensors_on_two_devices_are_an_error() -> None:

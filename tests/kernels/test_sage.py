@@ -1,6 +1,7 @@
 """SageAttention as the dense kernel, when asked for; here a stand-in with its signature."""
 
 import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -20,6 +21,20 @@ LAYOUT = TokenLayout(VideoGrid(5, 21, 1), prefix=3)
 MASK = Rule(2, 0, "balanced").mask(5)
 
 
+def install(monkeypatch: pytest.MonkeyPatch, sageattn: Callable[..., object]) -> None:
+    module = ModuleType("sageattention")
+    module.__spec__ = ModuleSpec("sageattention", None)
+    module.sageattn = sageattn  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sageattention", module)
+    monkeypatch.setattr(sage, "DEVICES", ("cpu",))
+    look_again()
+
+
+def look_again() -> None:
+    sage._is_installed.cache_clear()
+    sage._returns_lse.cache_clear()
+
+
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A module with SageAttention 2's signature, exact and on the CPU; the scales it was given."""
@@ -35,18 +50,13 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         scales.append(sm_scale)
         return attend(q, k, v, None, sm_scale)
 
-    module = ModuleType("sageattention")
-    module.__spec__ = ModuleSpec("sageattention", None)
-    module.sageattn = sageattn  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "sageattention", module)
-    monkeypatch.setattr(sage, "DEVICES", ("cpu",))
-    sage._is_installed.cache_clear()
+    install(monkeypatch, sageattn)
     return scales
 
 
 @pytest.fixture(autouse=True)
 def _look_again() -> None:
-    sage._is_installed.cache_clear()
+    look_again()
 
 
 def inputs(dtype: torch.dtype = torch.float16) -> list[Tensor]:
@@ -97,5 +107,18 @@ def test_it_has_no_gradient() -> None:
 
 def test_without_it_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sage.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UnsupportedInputError, match="pip install sageattention"):
+    with pytest.raises(UnsupportedInputError, match=r"SageAttention 2 .* not installed"):
         tile_attention(*inputs(), MASK, LAYOUT, impl="sage")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_version_1_is_an_error(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It returns one tensor, whose two samples were taken for an output and a log-sum-exp."""
+
+    def sageattn(q: Tensor, k: Tensor, v: Tensor, sm_scale: float = 1.0, **_: object) -> Tensor:
+        return attend(q, k, v, None, sm_scale)[0]
+
+    install(monkeypatch, sageattn)
+    monkeypatch.setattr(sage, "DEVICES", (device,))
+    with pytest.raises(UnsupportedInputError, match=r"SageAttention 2 .*, got an older one"):
+        tile_attention(*(x.to(device) for x in inputs()), MASK, LAYOUT, impl="sage")

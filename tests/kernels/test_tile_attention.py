@@ -131,6 +131,16 @@ def test_a_query_without_any_key_gives_zero(impl: str) -> None:
     assert lse[:, :, :4].isfinite().all()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_samples_at_all(impl: str) -> None:
+    q, k, v = (
+        x[:0].requires_grad_() for x in dataclasses.replace(CASE, padding="none").tensors()[:3]
+    )
+    out, lse = tile_attention(q, k, v, CASE.mask, CASE.layout, impl=impl, return_lse=True)
+    out.sum().backward()
+    assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
+
+
 def test_the_full_mask_is_dense_attention() -> None:
     layout = TokenLayout(VideoGrid(3, 5, 7), prefix=2, suffix=3)
     q, k, v = strided("packed", 2, layout.seq_len, (4, 4, 4), 40)
