@@ -105,7 +105,7 @@ def choose(
     """Run the candidates in turns, remember the fastest and return it; the first of a tie.
 
     A candidate that raises ``RuntimeError`` (of a compiler, or for want of memory) is left out with
-    a warning, unless all do.
+    a warning, unless all do. The choice then holds for this process: the next has memory, perhaps.
 
     Args:
         key: the kind of call.
@@ -118,7 +118,8 @@ def choose(
     name = next(name for name in candidates if best.get(name, math.inf) <= tie * fastest)
     choice = Choice(name=name, milliseconds=best, key=key)
     _choices[key] = choice
-    _write(_file(key), choice)
+    if len(best) == len(candidates):
+        _write(_file(key), choice)
     logger.debug("chose %s", choice.describe())
     return choice
 
@@ -184,6 +185,7 @@ def _versions() -> dict[str, str]:
         for name, version in installed_versions().items()
         if name in ("torch", "triton")
     }
+    found["cuda"] = str(torch.version.cuda)
     if torch.backends.cudnn.is_available():
         found["cudnn"] = str(torch.backends.cudnn.version())
     digest = hashlib.sha256()
@@ -220,7 +222,7 @@ def _read(path: Path, key: Key) -> Choice | None:
         if record["name"] not in times:
             raise ValueError("it names no candidate")
         return Choice(name=record["name"], milliseconds=times, key=key)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         _warn_once(f"{path} is damaged ({error}); measuring again and rewriting it")
         return None
 

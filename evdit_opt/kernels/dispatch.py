@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import current_flash_attention_impl
 
 from evdit_opt.errors import MaskError, UnsupportedInputError
 from evdit_opt.kernels import (
@@ -16,6 +17,7 @@ from evdit_opt.kernels import (
     decomposed,
     decomposed_backward,
     dense,
+    dense_cuda,
     masked,
     reference,
     sage,
@@ -348,9 +350,16 @@ def _kind(arguments: Arguments) -> autotune.Key:
         ("density", _density_bucket(intervals, geometry.frames)),
         ("weighted", any(log_weights)),
         ("padding", attn_mask is not None),
+        ("dense", _dense_kernel(q, k, attn_mask is not None)),
         ("heads_outside", q.stride(1) > q.stride(2)),
         ("grad", q.requires_grad or k.requires_grad or v.requires_grad),
     )
+
+
+def _dense_kernel(q: Tensor, k: Tensor, has_bias: bool) -> str:
+    """What "decomposed" stands on: PyTorch's switches decide, and may be others tomorrow."""
+    kernel = dense_cuda.choose(q, k, has_bias)
+    return " ".join(filter(None, (kernel, current_flash_attention_impl()))) or "other"
 
 
 @lru_cache(maxsize=256)

@@ -114,6 +114,7 @@ def damaged(record: dict[str, object]) -> dict[str, bytes]:
         "cut off": json.dumps(record).encode()[:40],
         "not text": b"\xff\xfe\x00",
         "a list": b"[1, 2]",
+        "too deep": b"[" * 100_000,
         "another key": json.dumps(record | {"key": wrong_key}).encode(),
         "no times": json.dumps(record | {"milliseconds": {}}).encode(),
         "a time in words": json.dumps(record | {"milliseconds": {"fast": "soon"}}).encode(),
@@ -184,6 +185,9 @@ def test_what_cannot_run_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     choice = autotune.choose(KEY, {"broken": broken, "fast": lambda: None}, CPU)
     assert choice.name == "fast"
     assert "broken cannot run here and is left out: no kernel image" in caplog.text
+    assert autotune.remembered(KEY, ("fast",)) == choice
+    forget()  # the next process may have the memory
+    assert autotune.remembered(KEY, ("fast",)) is None
     with pytest.raises(RuntimeError, match="no kernel image"):
         autotune.choose(KEY, {"broken": broken}, CPU)
 

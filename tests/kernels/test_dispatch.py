@@ -15,6 +15,7 @@ from evdit_opt.grid import TokenLayout, VideoGrid
 from evdit_opt.kernels import (
     autotune,
     decomposed,
+    dense_cuda,
     dispatch,
     masked,
     pieces,
@@ -95,6 +96,18 @@ def test_another_kind_is_measured_too(measuring: list[str], change: Any) -> None
     tensors, options = change(*tensors)
     tile_attention(*tensors, MASK, LAYOUT, **options)
     assert len(autotune.choices()) == 2
+
+
+def test_another_dense_kernel_is_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or what was chosen under ``sdpa_kernel(...)`` once would hold for ever."""
+    geometry = dispatch.Geometry(frames=5, tokens=40, prefix=0, suffix=0)
+    arguments = (*inputs(), None, *MASK.segments(), geometry, 0.25)
+    kinds = set()
+    for kernel in ("cudnn", "flash", None):
+        monkeypatch.setattr(dense_cuda, "choose", lambda *_, kernel=kernel: kernel)
+        kinds.add(dispatch._kind(arguments))
+    monkeypatch.setattr(dispatch, "current_flash_attention_impl", lambda: "FA4")
+    assert len(kinds | {dispatch._kind(arguments)}) == 4
 
 
 def test_tiny_and_long_sequences_are_not_measured(measuring: list[str]) -> None:
