@@ -82,7 +82,8 @@ class QualityFloorError(CalibrationError):
     """No plan within the quality floor was found.
 
     Attributes:
-        plan: the best plan found.
+        plan: of the plans that were tried the best: of the highest mean PSNR to the held-out dense
+            clips.
     """
 
     def __init__(self, message: str, plan: object) -> None:

@@ -1,8 +1,10 @@
 """Calibration in a straight line: survey, record, search, try, verify -> ``Plan``."""
 
+import itertools
 import logging
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +29,7 @@ from evdit_opt.calibrate.trial import compare_runs, mean_error, run_with_plan, t
 from evdit_opt.config import Config
 from evdit_opt.errors import AlreadyOptimizedError, CalibrationError, QualityFloorError
 from evdit_opt.models import Item, as_denoiser
-from evdit_opt.plan import Plan, TrialRecord
+from evdit_opt.plan import CalibrationRecord, Plan, TrialRecord
 from evdit_opt.progress import counting, track
 from evdit_opt.quality import compare
 
@@ -73,7 +75,8 @@ def make_plan(
         LayoutError: if frames, height and width of the token sequence cannot be established.
         NoVideoAttentionError: if the model has no 3D full self-attention.
         NonFiniteOutputError: if a run holds NaN or infinity.
-        QualityFloorError: if held-out quality misses the floor also after backing off.
+        QualityFloorError: if held-out quality misses the floor also after backing off; its ``plan``
+            is the best of those tried, the one of the highest mean held-out PSNR.
         UnsupportedInputError: if ``target`` is nothing this package can call.
     """
     config = config or Config()
@@ -210,35 +213,51 @@ def _verify(
     """Measure quality on held-out items; back off towards dense while it misses the floor."""
     denoiser, config = drafter.denoiser, drafter.config
     held_out = denoiser.items[searched:]
-    plan = _predicted(drafted, clock)
     if not held_out:
-        return plan
+        return _predicted(drafted, clock)
     dense = [
         kept.run(f"dense-{n}", partial(denoiser.run, item, config.seed + n, config.calib_steps))
         for n, item in enumerate(track(held_out, "dense, held out", config.progress), searched)
     ]
-    for back_offs in range(BACK_OFFS + 1):
+    begun = drafted.plan.calibration
+    missed: dict[str, tuple[Plan, TrialRecord]] = {}
+    budgets = [1.0 - (1.0 - drafted.price) / 2**n for n in range(1, BACK_OFFS + 1)]
+    for denser in itertools.chain((drafted,), map(kind.at, budgets)):
+        if denser is None or denser.plan.fingerprint() in missed:
+            continue
+        plan = _predicted(denser, clock)
         sparse = run_with_plan(denoiser, plan, held_out, config, searched, kept)
         found = replace(plan.calibration, held_out_error=mean_error(sparse, dense))
         quality = compare(sparse, dense) if denoiser.makes_video else None
         plan = replace(plan, calibration=found, quality=quality)
-        missed = "; ".join(config.missed_floors(quality))
-        if not missed:
-            return plan
-        logger.warning("held-out quality at density %.3f: %s", plan.density, missed)
-        denser = kind.at((1.0 + drafted.price) / 2) if back_offs < BACK_OFFS else None
-        if denser is None:
-            break
-        was = plan.calibration
-        missing = compare_runs("missed the floor, held out", plan, sparse, dense)
-        drafted, plan = denser, _predicted(denser, clock)
-        found = replace(plan.calibration, explored=(*was.trials, *was.explored, missing))
-        plan = replace(plan, calibration=found)
+        floors = config.missed_floors(quality)
+        if not floors:
+            return _beside(plan, begun, missed)
+        logger.warning("held-out quality at density %.3f: %s", plan.density, "; ".join(floors))
+        record = compare_runs("missed the floor, held out", plan, sparse, dense)
+        missed[plan.fingerprint()] = plan, record
+    best = max((plan for plan, _ in missed.values()), key=_psnr)
     raise QualityFloorError(
-        f"expected a plan within the quality floor, the best found misses it: {missed}; lower the "
-        "floor, or keep the model dense (the plan is this error's .plan)",
-        plan,
+        "expected a plan within the quality floor, the best found misses it: "
+        f"{'; '.join(config.missed_floors(best.quality))}; lower the floor, or keep the model "
+        "dense (the plan is this error's .plan)",
+        _beside(best, begun, missed),
     )
+
+
+def _psnr(plan: Plan) -> float:
+    """Plans that miss the floor are ranked by it."""
+    return -math.inf if plan.quality is None else plan.quality.psnr.mean
+
+
+def _beside(
+    plan: Plan, begun: CalibrationRecord, missed: Mapping[str, tuple[Plan, TrialRecord]]
+) -> Plan:
+    """The plan with what was run beside it: in the search, and held out."""
+    searched = () if plan.calibration.trials else begun.trials
+    others = tuple(record for other, record in missed.values() if other is not plan)
+    explored = (*searched, *begun.explored, *others)
+    return replace(plan, calibration=replace(plan.calibration, explored=explored))
 
 
 def _predicted(drafted: Drafted, clock: Clock | None) -> Plan:

@@ -1,5 +1,6 @@
 """What calibration makes of settings that leave little to choose from, or that contradict."""
 
+import itertools
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,9 @@ from evdit_opt.calibrate.make import make_plan
 from evdit_opt.calibrate.prices import Prices, RulePrice
 from evdit_opt.calibrate.record import Recording
 from evdit_opt.config import Config
-from evdit_opt.errors import CalibrationError
+from evdit_opt.errors import CalibrationError, QualityFloorError
 from evdit_opt.grid import VideoGrid
+from evdit_opt.quality import Measured, QualityReport
 from tests.calibrate.killed import CONFIG, Pipe
 from tests.models.toy_dit import toy, toy_inputs
 
@@ -69,6 +71,24 @@ def test_where_no_rule_is_faster_it_stays_dense_and_that_is_said(monkeypatch, ca
         plan = make_plan(toy(1), calls(4), replace(SETTINGS, density=None, speedup=1.2))
     assert plan.sites[0].reason == "dense: no rule is cheaper here"
     assert "speedup 1.2 is out of reach" in caplog.text
+
+
+def test_of_the_plans_that_miss_the_floor_the_best_is_attached(tmp_path, monkeypatch) -> None:
+    """Held-out clips may like a denser plan less: here it is 20 dB worse."""
+    real, worse = make.compare, itertools.count(step=20)
+
+    def compare(*clips: Any) -> QualityReport:
+        found = real(*clips)
+        return replace(found, psnr=Measured.of([found.psnr.mean - next(worse)]))
+
+    monkeypatch.setattr(make, "compare", compare)
+    monkeypatch.setattr(make, "BACK_OFFS", 1)
+    with pytest.raises(QualityFloorError, match="floor 99") as caught:
+        make_plan(Pipe(tmp_path / "runs"), PROMPTS, replace(SETTINGS, min_psnr=99.0))
+    plan: Any = caught.value.plan
+    assert plan.density == 0.5
+    assert [trial.density for trial in plan.calibration.explored] == pytest.approx([4 / 6])
+    assert plan.calibration.trials
 
 
 def test_a_floor_that_nothing_could_be_held_to_is_refused_at_once() -> None:
