@@ -1,4 +1,4 @@
-"""One process at a time in the folder of an unfinished calibration.
+"""One process at a time in the folder of unfinished work.
 
 The lock is the kernel's, so it ends with the process, however that ends. Where there is no
 ``fcntl`` (Windows), nothing is locked.
@@ -52,7 +52,7 @@ def lock_folder(folder: Path) -> None:
             ) from error
         raise CalibrationError(
             f"expected {folder} to be in the hands of one process, {who or 'another'} is "
-            "calibrating there; wait for it, end it, or give another place"
+            "at work there; wait for it, end it, or give another place"
         ) from error
     os.ftruncate(file, 0)
     os.pwrite(file, f"process {os.getpid()}".encode(), 0)

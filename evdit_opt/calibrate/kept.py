@@ -1,7 +1,8 @@
-"""What an unfinished calibration keeps on disk, so that a killed one loses one run at most.
+"""What unfinished work keeps on disk, so that a killed calibration loses one run at most.
 
 Every finished run of the model is a file, written whole or not at all. The folder says what it was
-kept for: a calibration that would not repeat those very runs does not take them up.
+kept for: a calibration that would not repeat those very runs does not take them up. Measuring where
+attention goes keeps its sums the same way.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from evdit_opt.models import Denoiser, config_hash
 from evdit_opt.versions import installed_versions
 from evdit_opt.whole_file import whole_file
 
-__all__ = ["Kept", "purpose", "remove_kept"]
+__all__ = ["Kept", "flat", "part", "purpose", "remove_kept"]
 
 PURPOSE = "purpose.json"
 RECORDING = "by head"
@@ -61,7 +62,7 @@ class Kept:
             import safetensors.torch  # noqa: F401
         except ImportError as error:
             raise UnsupportedInputError(
-                "expected the package safetensors, in which unfinished calibrations are kept: "
+                "expected the package safetensors, in which unfinished work is kept: "
                 'pip install "evdit-opt[diffusers]"'
             ) from error
         if folder.exists():
@@ -95,7 +96,7 @@ class Kept:
         except OSError as error:
             raise CalibrationError(
                 f"expected to keep a finished run in {self._folder}: {error}; what is there "
-                "already stays, and calibration goes on from it once this is mended"
+                "already stays, and is gone on with once this is mended"
             ) from error
 
     def load(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
@@ -115,7 +116,7 @@ class Kept:
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CalibrationError(
                 f"expected a finished run in {self._file(name)}, it cannot be read: {error}; "
-                f"remove {self._folder} to calibrate anew"
+                f"remove {self._folder} to begin anew"
             ) from error
 
     def _file(self, name: str) -> Path:
@@ -141,20 +142,31 @@ class Kept:
             names = sorted({*other, *self._purpose})
             differing = [name for name in names if other.get(name) != self._purpose.get(name)]
             raise CalibrationError(
-                f"expected {folder} to hold the unfinished calibration of this model, prompts and "
-                f"settings, it differs in: {', '.join(differing)}; remove it to calibrate anew"
+                f"expected {folder} to hold the unfinished work on this model, these prompts and "
+                f"settings, it differs in: {', '.join(differing)}; remove it to begin anew"
             )
 
     @staticmethod
     def _foreign(folder: Path) -> CalibrationError:
         return CalibrationError(
-            f"expected an unfinished calibration in {folder}, found something else; give another "
-            "place for the plan, or remove the folder"
+            f"expected unfinished work in {folder}, found something else; give another place for "
+            "the result, or remove the folder"
         )
 
 
+def flat(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """One mapping to keep, of several by name; ``part`` takes them out again."""
+    return {f"{name}/{key}": value for name, own in parts.items() for key, value in own.items()}
+
+
+def part(kept: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The mapping that ``flat`` was given by a name."""
+    own = f"{name}/"
+    return {key.removeprefix(own): value for key, value in kept.items() if key.startswith(own)}
+
+
 def remove_kept(folder: Path) -> None:
-    """The plan is saved: nothing is kept any more."""
+    """The result is saved: nothing is kept any more."""
     if not folder.exists():
         return
     # Renamed first: half a folder, where this is killed, must not look like an unfinished one.
@@ -165,8 +177,16 @@ def remove_kept(folder: Path) -> None:
     shutil.rmtree(going)
 
 
-def purpose(target: object, denoiser: Denoiser, config: Config) -> dict[str, str]:
+def purpose(
+    target: object, denoiser: Denoiser, config: Config, recording: str = RECORDING
+) -> dict[str, str]:
     """What finished runs depend on, as hashes by name.
+
+    Args:
+        target: what is run.
+        denoiser: of it, with the items.
+        config: its settings.
+        recording: what is recorded.
 
     Weights count by a sample of each tensor, so that large models are not read through; a setting
     that is an object counts as it prints.
@@ -185,7 +205,7 @@ def purpose(target: object, denoiser: Denoiser, config: Config) -> dict[str, str
         "weights": _hash(weights),
         "prompts": _hash(_described(denoiser.items)),
         "settings": _hash(settings),
-        "recording": RECORDING,
+        "recording": recording,
         "versions": _hash(installed_versions()),
     }
 

@@ -7,13 +7,16 @@ and how far the keys that matter are the same ones (``pattern.py``). Only a few 
 at, so memory is linear in the sequence.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
 from evdit_opt.apply import is_optimized
 from evdit_opt.calibrate.figures import SiteFigures, site_figures
+from evdit_opt.calibrate.kept import Kept, flat, part, purpose
 from evdit_opt.calibrate.pattern import Pattern, PatternRecord
 from evdit_opt.calibrate.site_record import SiteRecord
 from evdit_opt.calibrate.stage import Stage, staged
@@ -29,6 +32,8 @@ from evdit_opt.versions import installed_versions
 
 __all__ = ["Measurement", "measure_attention"]
 
+STATE, FIRST = "sums", "first-run"
+RECORDING = "where attention goes"
 POSITIONS = 16
 """Positions of every frame whose queries are looked at. No rules are scored, so there is time."""
 
@@ -59,7 +64,11 @@ class Measurement:
 
 
 def measure_attention(
-    target: object, items: Iterable[Item], config: Config | None = None
+    target: object,
+    items: Iterable[Item],
+    config: Config | None = None,
+    *,
+    keep_in: str | os.PathLike[str] | None = None,
 ) -> Measurement:
     """Run the dense model and measure where every site's attention goes.
 
@@ -67,6 +76,7 @@ def measure_attention(
         target: a diffusers video pipeline, or an ``nn.Module``.
         items: prompts (pipeline), or dicts of forward kwargs (module); all are run.
         config: ``calib_steps``, ``seed``, ``grid``, ``progress`` and ``pipe_kwargs`` count.
+        keep_in: a folder for the sums after every item, as ``make_plan`` has it.
 
     Raises:
         EvditError: as ``make_plan``, what concerns the search and quality aside.
@@ -78,8 +88,11 @@ def measure_attention(
             f"expected a dense {type(denoiser.model).__name__}, this one has a plan applied; "
             "call evdit_opt.restore on it first"
         )
+    kept = Kept()
+    if keep_in is not None:
+        kept = Kept(Path(keep_in), purpose(target, denoiser, config, RECORDING))
     survey = survey_attention(denoiser, config.grid)
-    with staged(denoiser, survey.layouts, survey.scoped) as stage:
+    with staged(denoiser, survey.layouts, survey.scoped, kept) as stage:
         mass, patterns = _listen(stage, denoiser.items, config, survey.grid_source.input)
     return Measurement(
         model=type(denoiser.model).__name__,
@@ -115,12 +128,24 @@ def _listen(
         if steps.step in compared:
             patterns[name].add(q, k, attn_mask, scale, steps.step, steps.branch)
 
+    kept, done = stage.kept, 0
+    earlier, first = kept.load(STATE), kept.load(FIRST)
+    if earlier is not None and first is not None:
+        state, done = earlier
+        for name, mass in masses.items():
+            mass.load_state(part(state, f"mass/{name}"))
+            patterns[name].load_state(part(state, f"pattern/{name}"), part(first[0], name))
     with stage.playing(attend, steps.listen):
-        for n, item in enumerate(track(items, "measuring", config.progress)):
+        for n, item in enumerate(track(items[done:], "measuring", config.progress), done):
             stage.denoiser.run(item, config.seed + n, config.calib_steps)
             steps.end_run()
             for one in patterns.values():
                 one.end_run()
+            if n == 0:
+                kept.save(FIRST, flat({name: own.first_run() for name, own in patterns.items()}))
+            sums = {f"mass/{name}": own.state() for name, own in masses.items()}
+            sums |= {f"pattern/{name}": own.state() for name, own in patterns.items()}
+            kept.save(STATE, flat(sums), n + 1)
     unseen = [name for name, one in masses.items() if one.calls == 0]
     if unseen:
         raise CalibrationError(f"expected every site to run, these never did: {', '.join(unseen)}")

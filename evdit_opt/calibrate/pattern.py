@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from evdit_opt.calibrate.kept import flat, part
 from evdit_opt.calibrate.rows import attention_rows, sample_rows
 from evdit_opt.grid import TokenLayout
 
@@ -59,6 +60,14 @@ class _Mean:
     def value(self) -> Tensor | None:
         return None if self._sum is None else self._sum / self._count
 
+    def state(self) -> dict[str, Tensor]:
+        count = torch.tensor(self._count)
+        return {} if self._sum is None else {"sum": self._sum, "count": count}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        if state:
+            self._sum, self._count = state["sum"], int(state["count"])
+
 
 class PatternRecord:
     """Running figures of one site over the calls of the dense model.
@@ -73,6 +82,8 @@ class PatternRecord:
         self.sample = sample_rows(layout, torch.Generator().manual_seed(seed))
         self._similarity, self._keys = _Mean(), _Mean()
         self._overlap: dict[Relation, _Mean] = {name: _Mean() for name in get_args(Relation)}
+        self._means: dict[str, _Mean] = {"similarity": self._similarity, "keys": self._keys}
+        self._means |= {str(name): mean for name, mean in self._overlap.items()}
         self._first_run: dict[Place, Tensor] = {}
         self._run: dict[Place, Tensor] = {}
 
@@ -105,6 +116,22 @@ class PatternRecord:
         """A run is over. What comes next is compared with the first run, prompt with prompt."""
         self._first_run = self._first_run or self._run
         self._run = {}
+
+    def state(self) -> dict[str, Tensor]:
+        """All sums between two runs, to go on from with :meth:`load_state`."""
+        return flat({name: mean.state() for name, mean in self._means.items()})
+
+    def first_run(self) -> dict[str, Tensor]:
+        """What runs are compared with; the same after every run, and larger than the sums."""
+        return {"-".join(map(str, place)): own for place, own in self._first_run.items()}
+
+    def load_state(self, state: Mapping[str, Tensor], first_run: Mapping[str, Tensor]) -> None:
+        """Inverse of :meth:`state` and :meth:`first_run`, in a record made alike."""
+        for name, mean in self._means.items():
+            mean.load_state(part(state, name))
+        for place, own in first_run.items():
+            step, branch, entry = map(int, place.split("-"))
+            self._first_run[step, branch, entry] = own
 
     def pattern(self) -> Pattern:
         """The figures over all calls so far."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from evdit_opt.calibrate.candidates import candidate_rules, head_rules, reused_rules
-from evdit_opt.calibrate.kept import Kept
+from evdit_opt.calibrate.kept import Kept, flat, part
 from evdit_opt.calibrate.site_record import (
     CandidateError,
     HeadErrors,
@@ -103,7 +103,7 @@ def record(
         itemsize = facts["itemsize"]
         steps.levels = dict(enumerate(facts["levels"]))
         for name, site in sites.items():
-            site.load_state(_of_site(state, name))
+            site.load_state(part(state, name))
         results = [kept.run(f"dense-{n}", _missing) for n in range(min(done, config.trial_prompts))]
     with stage.playing(measure, steps.listen):
         for index, item in enumerate(track(items[done:], "calibrating", config.progress), done):
@@ -120,7 +120,7 @@ def record(
                 "itemsize": itemsize,
                 "levels": [steps.levels[step] for step in sorted(steps.levels)],
             }  # fmt: skip
-            kept.save(STATE, _by_site(sites), facts)
+            kept.save(STATE, flat({name: site.state() for name, site in sites.items()}), facts)
     unseen = [name for name, site in sites.items() if site.calls == 0]
     if unseen:
         raise CalibrationError(
@@ -139,19 +139,6 @@ def record(
         results=results,
         heads={name: own for name, own in heads.items() if own is not None},
     )
-
-
-def _by_site(sites: Mapping[str, SiteRecord]) -> dict[str, Tensor]:
-    return {
-        f"{name}/{key}": value
-        for name, site in sites.items()
-        for key, value in site.state().items()
-    }
-
-
-def _of_site(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    own = f"{name}/"
-    return {key.removeprefix(own): value for key, value in state.items() if key.startswith(own)}
 
 
 def _missing() -> Tensor:

@@ -15,6 +15,7 @@ from evdit_opt.commands.common import (
     given,
     only_result_on_stdout,
     or_exit,
+    require_known,
     require_prompts_used,
     require_writable,
     write_json,
@@ -135,11 +136,7 @@ def calibrate(
 
         require_writable(out)
         unfinished = out.with_name(f"{out.name}.unfinished")
-        if unfinished.exists() and not resume:
-            raise CalibrationError(
-                f"expected no unfinished calibration for {out}, found {unfinished}; go on with it "
-                "by --resume, or remove it"
-            )
+        require_known(unfinished, resume)
         texts = [*read_prompts(prompts), *(prompt or ())]
         with only_result_on_stdout():
             plan = _make(pipeline, texts, settings, call, device, dtype, out, unfinished)

@@ -12,7 +12,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from evdit_opt.errors import EvditError, QualityFloorError, UnsupportedInputError
+from evdit_opt.errors import (
+    CalibrationError,
+    EvditError,
+    QualityFloorError,
+    UnsupportedInputError,
+)
 
 __all__ = [
     "MODEL_HELP",
@@ -22,6 +27,7 @@ __all__ = [
     "given",
     "only_result_on_stdout",
     "or_exit",
+    "require_known",
     "require_prompts_used",
     "require_writable",
     "tell_error",
@@ -98,6 +104,19 @@ def require_writable(out: Path) -> None:
         raise UnsupportedInputError(f"expected a file to write in a folder there is, got {out}")
     if not os.access(out.parent, os.W_OK):
         raise UnsupportedInputError(f"expected a folder that may be written to, got {out.parent}")
+
+
+def require_known(unfinished: Path, resume: bool) -> None:
+    """Refuse to go on with, or to lose, what a killed command has finished, without being told.
+
+    Raises:
+        CalibrationError: if it is there, and nobody asked for it.
+    """
+    if unfinished.exists() and not resume:
+        raise CalibrationError(
+            f"expected nothing unfinished, found {unfinished}; go on with it by --resume, or "
+            "remove it"
+        )
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """``evdit measure``: where a model's attention goes, as a table, as JSON and as a picture."""
 
+import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,9 @@ from evdit_opt.commands.common import (
     given,
     only_result_on_stdout,
     or_exit,
+    require_known,
     require_prompts_used,
+    require_writable,
     writing,
 )
 from evdit_opt.errors import UnsupportedInputError
@@ -53,15 +56,22 @@ def measure(
     out: Annotated[
         Path | None, typer.Option(help="A folder for measure.json and a picture; made if missing.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a measurement that was interrupted.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure where each layer's attention goes, and how far that repeats.
 
     Own frame, other frames by distance, text; how alike tiles are; whether the keys that matter are
-    those of other prompts, steps and guidance branches.
+    those of other prompts, steps and guidance branches. With --out the sums over the prompts that
+    are done are kept in OUT/unfinished until the end: the same command with --resume goes on.
     """
+    if resume and out is None:
+        raise typer.BadParameter("--resume needs the --out of what was interrupted")
     import torch
 
+    from evdit_opt.calibrate.kept import remove_kept
     from evdit_opt.calibrate.measure import measure_attention
     from evdit_opt.config import Config
     from evdit_opt.inspection.target import PROMPT, find_target
@@ -70,8 +80,7 @@ def measure(
 
     def run() -> None:
         texts = [*read_prompts(prompts), *(prompt or ())] or [PROMPT]
-        if out is not None:
-            _make_folder(out)
+        unfinished = None if out is None else _place(out, resume)
         with only_result_on_stdout():
             precision = None if dtype is None else getattr(torch, dtype.value)
             config = Config(**given(calib_steps=steps, seed=seed))
@@ -79,9 +88,10 @@ def measure(
             if prompts or prompt:
                 require_prompts_used(pipeline, found.items)
             config = replace(config, pipe_kwargs=found.pipe_kwargs)
-            measured = measure_attention(found.target, found.items, config)
-            if out is not None:
-                _write(measured, out)
+            measured = measure_attention(found.target, found.items, config, keep_in=unfinished)
+            if unfinished is not None:
+                _write(measured, unfinished.parent)
+                remove_kept(unfinished)
         if as_json:
             sys.stdout.write(measured.to_json())
         else:
@@ -160,11 +170,21 @@ def _overlap(found: "Overlap | None") -> str:
     return "-" if found is None else f"{found.caught:.2f} {found.iou:.2f}"
 
 
-def _make_folder(out: Path) -> None:
+def _place(out: Path, resume: bool) -> Path:
+    """Make sure of the folder before hours of work; where in it to keep what is finished."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UnsupportedInputError(f"expected a folder to write to, got {out}: {error}") from error
+    require_writable(out / "measure.json")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UnsupportedInputError(
+            "expected the package matplotlib, which draws the picture in --out: "
+            'pip install "evdit-opt[diffusers]"; or --json without --out'
+        )
+    unfinished = out / "unfinished"
+    require_known(unfinished, resume)
+    return unfinished
 
 
 def _write(measured: "Measurement", out: Path) -> None:

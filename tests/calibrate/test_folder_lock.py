@@ -40,7 +40,7 @@ def other(tmp_path: Path):
 
 
 def test_a_folder_in_use_is_refused_until_its_process_is_killed(tmp_path: Path, other) -> None:
-    with pytest.raises(CalibrationError, match=f"process {other.pid} is calibrating there"):
+    with pytest.raises(CalibrationError, match=f"process {other.pid} is at work there"):
         Kept(tmp_path / "runs", FOR)
     other.kill()
     other.wait()
@@ -52,7 +52,7 @@ def test_a_folder_in_use_is_refused_until_its_process_is_killed(tmp_path: Path, 
 def test_who_began_before_the_folder_was_there_is_refused_too(tmp_path: Path, request) -> None:
     early = Kept(tmp_path / "runs", FOR)
     request.getfixturevalue("other")
-    with pytest.raises(CalibrationError, match="is calibrating there"):
+    with pytest.raises(CalibrationError, match="is at work there"):
         early.save("mine", {"result": torch.ones(1)})
     assert not (tmp_path / "runs/mine.safetensors").exists()
 

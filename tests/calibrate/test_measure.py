@@ -1,5 +1,6 @@
 """Where attention goes: against a dense softmax, and a layer out of line is noticed."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
-from evdit_opt import apply_plan, restore
+from evdit_opt import apply_plan, make_plan, restore
 from evdit_opt.calibrate.figures import SiteFigures, site_figures
 from evdit_opt.calibrate.measure import POSITIONS, measure_attention
 from evdit_opt.calibrate.pattern import Pattern, PatternRecord
@@ -20,10 +21,12 @@ from evdit_opt.calibrate.site_record import SiteRecord
 from evdit_opt.cli import app
 from evdit_opt.commands.measure import repeats, table
 from evdit_opt.config import Config
-from evdit_opt.errors import AlreadyOptimizedError
+from evdit_opt.errors import AlreadyOptimizedError, CalibrationError
 from evdit_opt.grid import TokenLayout, VideoGrid
 from evdit_opt.models import config_hash
-from tests.models.toy_dit import make_plan, toy, toy_inputs, toy_rules
+from tests.calibrate.killed import PROMPTS, Pipe
+from tests.models import toy_dit
+from tests.models.toy_dit import toy, toy_inputs, toy_rules
 
 TOY = "tests.inspection.toys:good"
 
@@ -126,7 +129,7 @@ def test_a_layer_that_repeats_less_than_others_is_noticed() -> None:
 
 def test_a_model_with_a_plan_is_refused() -> None:
     model: Any = toy()
-    plan = replace(make_plan(model, toy_rules()), model_config_hash=config_hash(model))
+    plan = replace(toy_dit.make_plan(model, toy_rules()), model_config_hash=config_hash(model))
     apply_plan(model, plan, inner="eager")
     with pytest.raises(AlreadyOptimizedError, match="has a plan applied"):
         measure_attention(model, [toy_inputs()])
@@ -176,6 +179,34 @@ def test_the_command_writes_a_table_json_and_a_picture(tmp_path: Path) -> None:
     assert told["sites"][0]["name"] == "blocks.0.attn1"
     assert (tmp_path / "new/measure.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((tmp_path / "new").iterdir())) == 2
+
+
+def test_an_interrupted_measurement_goes_on(tmp_path: Path, monkeypatch) -> None:
+    config = Config(calib_steps=2, progress=False)
+    straight = measure_attention(Pipe(tmp_path / "straight"), PROMPTS[:3], config)
+    pipe, end_run, runs = Pipe(tmp_path / "runs"), PatternRecord.end_run, itertools.count()
+
+    def interrupted(record: PatternRecord) -> None:
+        if next(runs) == 1:
+            raise KeyboardInterrupt
+        end_run(record)
+
+    monkeypatch.setattr(PatternRecord, "end_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure_attention(pipe, PROMPTS[:3], config, keep_in=tmp_path / "kept")
+    monkeypatch.undo()
+    assert measure_attention(pipe, PROMPTS[:3], config, keep_in=tmp_path / "kept") == straight
+    assert (tmp_path / "runs").read_text().count("run") == 4  # the interrupted one was lost
+    with pytest.raises(CalibrationError, match="differs in: recording"):
+        make_plan(pipe, PROMPTS[:3], config, keep_in=tmp_path / "kept")
+
+
+def test_what_is_unfinished_is_not_lost_by_forgetting_resume(tmp_path: Path) -> None:
+    (tmp_path / "unfinished").mkdir()
+    result = CliRunner().invoke(app, ["measure", TOY, "--out", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "go on with it by --resume" in result.stderr
+    assert CliRunner().invoke(app, ["measure", TOY, "--resume"]).exit_code == 2
 
 
 def test_prompts_that_nothing_would_look_at_are_refused() -> None:
