@@ -291,6 +291,9 @@ class Plan:
             f"threshold {self.calibration.threshold:.3g}",
             f"mean density {self.density:.3f}, {len(self.rules)} of {len(self.sites)} sites sparse",
         ]
+        if call := self.calibration.arguments:
+            told = (f"{name} {strict_json.shorten(value)}" for name, value in call.items())
+            head.insert(2, f"called with {', '.join(told)}")
         if self.calibrated_at is not None:
             grid = self.grid
             head.insert(

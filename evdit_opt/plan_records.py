@@ -5,14 +5,15 @@ Each refuses values outside its range with a ``PlanError``.
 
 import bisect
 import itertools
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from evdit_opt.errors import PlanError
 from evdit_opt.kernels.residual import PRECISIONS, Precision
-from evdit_opt.strict_json import OPTIONAL
+from evdit_opt.strict_json import OPTIONAL, parse
 
 __all__ = [
     "MAX_TOKENS",
@@ -22,6 +23,7 @@ __all__ = [
     "SpeedRecord",
     "TrendPoint",
     "TrialRecord",
+    "call_record",
     "require_int",
     "require_number",
     "require_text",
@@ -30,6 +32,8 @@ __all__ = [
 MAX_TOKENS = 2**31 - 1
 MAX_REFRESHES = 10_000
 MAX_DAMPING = 10.0
+MAX_ARGUMENTS, MAX_ARGUMENT = 100, 4000
+"""Arguments of a call, and characters of each: a negative prompt of several hundred words fits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,6 +202,8 @@ class CalibrationRecord:
         held_out_error: relative error of what held-out runs returned, video (pipeline) or output
             (module); None if none were held out.
         explored: plans that were run on the way to that density.
+        call: the further arguments of every call of the pipeline, such as guidance_scale: names and
+            values in JSON (numbers, texts, true, false, null), sorted; see :func:`call_record`.
     """
 
     prompts_hash: str
@@ -208,6 +214,7 @@ class CalibrationRecord:
     trials: tuple[TrialRecord, ...] = ()
     held_out_error: float | None = None
     explored: tuple[TrialRecord, ...] = field(default=(), metadata={OPTIONAL: True})
+    call: tuple[tuple[str, str], ...] = field(default=(), metadata={OPTIONAL: True})
 
     def __post_init__(self) -> None:
         require_text("prompts_hash", self.prompts_hash, 128)
@@ -217,6 +224,18 @@ class CalibrationRecord:
         require_number("threshold", self.threshold, 0.0)
         if self.held_out_error is not None:
             require_number("held_out_error", self.held_out_error, 0.0)
+        if len(self.call) > MAX_ARGUMENTS or list(self.call) != sorted(dict(self.call).items()):
+            raise PlanError(f"expected at most {MAX_ARGUMENTS} arguments, each once, sorted")
+        for name, text in self.call:
+            require_text("call", name, 100)
+            require_text(f"call.{name}", text, MAX_ARGUMENT)
+            if isinstance(parse(text), (dict, list)):
+                raise PlanError(f"expected call.{name} to be one value, got {text[:60]}")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of ``call``, as the pipeline takes them."""
+        return {name: parse(text) for name, text in self.call}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -293,6 +312,18 @@ class FinetuneRecord:
             full_steps=self.full_steps,
             time_shift=self.time_shift,
         )
+
+
+def call_record(arguments: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """What of a pipeline's arguments a plan holds: no tensors, pictures, functions, long texts."""
+    found = {}
+    for name, value in sorted(arguments.items()):
+        number = isinstance(value, (int, float)) and math.isfinite(value)
+        if number or value is None or isinstance(value, str):
+            text = json.dumps(value, ensure_ascii=not str(value).isprintable())
+            if len(text) <= MAX_ARGUMENT:
+                found[name] = text
+    return tuple(list(found.items())[:MAX_ARGUMENTS])
 
 
 def require_int(name: str, value: Any, low: int, high: int) -> None:

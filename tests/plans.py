@@ -19,6 +19,7 @@ from evdit_opt.plan import (
     TrendPoint,
     TrialRecord,
 )
+from evdit_opt.plan_records import call_record
 from evdit_opt.quality import Measured, QualityReport
 
 EVIDENCE = (
@@ -172,6 +173,9 @@ plans = st.builds(
         trials=st.lists(trials, max_size=2).map(tuple),
         held_out_error=st.none() | fractions,
         explored=st.lists(trials, max_size=2).map(tuple),
+        call=st.dictionaries(
+            words, st.none() | st.booleans() | st.floats(0, 9) | st.text(), max_size=3
+        ).map(call_record),
     ),
     quality=st.none()
     | st.builds(

@@ -25,6 +25,7 @@ from evdit_opt.plan import (
     SitePlan,
     TrendPoint,
 )
+from evdit_opt.plan_records import call_record
 from evdit_opt.second_rule import SecondRule, mean_density
 from evdit_opt.versions import installed_versions
 
@@ -190,6 +191,7 @@ class Drafter:
                 steps=self.config.calib_steps,
                 seed=self.config.seed,
                 threshold=threshold,
+                call=call_record(self.config.pipe_kwargs) if self.denoiser.makes_video else (),
             ),
             versions=tuple(sorted(installed_versions().items())),
         )

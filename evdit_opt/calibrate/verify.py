@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from evdit_opt.calibrate.trial import mean_error, run_with_plan
 from evdit_opt.config import Config
@@ -19,11 +20,17 @@ __all__ = ["called_grid", "verify_plan"]
 def called_grid(target: object, items: Iterable[Item], config: Config, plan: Plan) -> VideoGrid:
     """The latent grid of a model's first call, read as the plan reads it.
 
+    Args:
+        target: a diffusers video pipeline, or an ``nn.Module``.
+        items: prompts, or calls; the first is begun.
+        config: ``pipe_kwargs`` counts; what is not in it is as in calibration.
+        plan: of this model.
+
     Raises:
         PlanMismatchError: if the plan is of another model.
         LayoutError: if the call does not tell.
     """
-    denoiser = as_denoiser(target, items, config.pipe_kwargs)
+    denoiser = as_denoiser(target, items, _call(config, plan))
     sites = [site.name for site in plan.sites]
     plan.require_match(type(denoiser.model).__name__, sites, config_hash(denoiser.model))
     args, kwargs = first_call(denoiser)
@@ -36,7 +43,9 @@ def verify_plan(target: object, items: Iterable[Item], config: Config, plan: Pla
     Args:
         target: a diffusers video pipeline, or an ``nn.Module``.
         items: prompts, or calls; best none that the plan was calibrated on.
-        config: ``calib_steps``, ``seed``, ``impl``, ``progress`` and ``pipe_kwargs`` count.
+        config: ``calib_steps``, ``seed``, ``impl``, ``progress`` and ``pipe_kwargs`` count; what is
+            not in the last, such as guidance_scale, is as in calibration (see
+            ``CalibrationRecord.call``).
         plan: of this model, at the grid of these calls.
 
     Raises:
@@ -48,7 +57,7 @@ def verify_plan(target: object, items: Iterable[Item], config: Config, plan: Pla
         raise PlanMismatchError(
             f"expected calls at the plan's grid {plan.grid}, got {grid}; retarget the plan"
         )
-    denoiser = as_denoiser(target, items, config.pipe_kwargs)
+    denoiser = as_denoiser(target, items, _call(config, plan))
     dense = [
         denoiser.run(item, config.seed + n, config.calib_steps)
         for n, item in enumerate(track(items, "dense", config.progress))
@@ -57,3 +66,8 @@ def verify_plan(target: object, items: Iterable[Item], config: Config, plan: Pla
     found = replace(plan.calibration, held_out_error=mean_error(sparse, dense))
     quality = compare(sparse, dense) if denoiser.makes_video else None
     return replace(plan, calibration=found, quality=quality)
+
+
+def _call(config: Config, plan: Plan) -> dict[str, Any]:
+    """Arguments of a pipeline: those given, the others as in calibration."""
+    return {**plan.calibration.arguments, **config.pipe_kwargs}

@@ -10,6 +10,7 @@ from evdit_opt.commands.calibrate import read_prompts
 from evdit_opt.commands.common import (
     MODEL_HELP,
     AsJson,
+    Precision,
     console,
     given,
     only_result_on_stdout,
@@ -41,23 +42,28 @@ def retarget(
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of the model's video.")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale of the runs.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="To verify on; a text file, a prompt a line.")
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the first run's noise.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to run, such as cuda.")] = None,
+    dtype: Annotated[
+        Precision | None, typer.Option(help="What to run in; as loaded if left out.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a plan for another frame count or size, and say what is then extrapolated.
 
     With --model and prompts it is run against dense clips of that size, and carries its quality.
+    What is not given of size, guidance and the like is as it was in calibration.
     """
     if (grid is None) == (model is None):
         raise typer.BadParameter("give --grid or --model")
-    call = given(num_frames=frames, height=height, width=width)
-    if model is None and (call or prompts or prompt):
-        raise typer.BadParameter("--frames, --height, --width and prompts need --model")
+    call = given(num_frames=frames, height=height, width=width, guidance_scale=guidance)
+    if model is None and (call or prompts or prompt or device or dtype):
+        raise typer.BadParameter("what says how to call a model, and with what, needs --model")
 
     def run() -> None:
         from evdit_opt.grid import VideoGrid
@@ -71,7 +77,7 @@ def retarget(
         else:
             texts = [*read_prompts(prompts), *(prompt or ())]
             with only_result_on_stdout():
-                found = _with_model(str(model), loaded, texts, call, seed, device)
+                found = _with_model(str(model), loaded, texts, call, seed, device, dtype)
         with writing(out):
             found.plan.save(out)
         if as_json:
@@ -101,18 +107,24 @@ def _with_model(
     call: dict[str, Any],
     seed: int | None,
     device: str | None,
+    dtype: Precision | None,
 ) -> "Retargeted":
     """For the grid of a model's first call; verified where there is something real to run."""
+    import torch
+
     from evdit_opt.calibrate.verify import called_grid, verify_plan
     from evdit_opt.config import Config
     from evdit_opt.inspection.target import PROMPT, find_target
     from evdit_opt.retarget import retarget
 
-    found = find_target(name, texts or [PROMPT], call, device)
+    precision = None if dtype is None else getattr(torch, dtype.value)
+    found = find_target(name, texts or [PROMPT], call, device, precision)
     if texts:
         require_prompts_used(name, found.items)
+    # What a built-in model is usually called with does not overrule what it was called with.
+    pipe_kwargs = {**found.pipe_kwargs, **loaded.calibration.arguments, **call}
     steps = loaded.calibration.steps
-    config = Config(**given(seed=seed), calib_steps=steps, pipe_kwargs=found.pipe_kwargs)
+    config = Config(**given(seed=seed), calib_steps=steps, pipe_kwargs=pipe_kwargs)
     moved = retarget(loaded, called_grid(found.target, found.items, config, loaded))
     is_pipeline = found.items and isinstance(found.items[0], str)
     if found.made_up or (is_pipeline and not texts):

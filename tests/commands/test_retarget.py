@@ -14,8 +14,10 @@ from evdit_opt.cli import app
 from evdit_opt.config import Config
 from evdit_opt.errors import PlanMismatchError
 from evdit_opt.grid import VideoGrid
+from evdit_opt.inspection import target
 from evdit_opt.models import config_hash
 from evdit_opt.plan import Plan
+from evdit_opt.plan_records import call_record
 from tests.models.toy_dit import ToyDiT, make_plan, toy, toy_inputs, toy_rules
 from tests.plans import PLAN
 
@@ -64,6 +66,38 @@ def test_to_what_a_model_is_called_with_and_verified(tmp_path: Path) -> None:
     assert error is not None
     assert 0.0 < error < 1.0
     assert json.loads(result.stdout)["held_out_error"] == error
+
+
+class Pipe:
+    """A pipeline of six frames that tells how it was called."""
+
+    def __init__(self) -> None:
+        self.transformer, self.called = toy(1), {}
+
+    def __call__(self, prompt: str, **call: Any) -> None:
+        self.called = call
+        self.transformer(**toy_inputs(LONGER))
+
+
+def test_a_pipeline_is_called_as_in_calibration(tmp_path: Path, monkeypatch) -> None:
+    call = {
+        "guidance_scale": 3.5,
+        "height": 64,
+        "negative_prompt": "dull",
+        "latents": torch.ones(2),
+    }
+    plan, pipe = toy_plan(), Pipe()
+    record = replace(plan.calibration, call=call_record(call))
+    replace(plan, calibration=record).save(tmp_path / "old.json")
+    monkeypatch.setattr(target, "load_pipeline", lambda _: pipe)
+    given = (tmp_path / "old.json", "--model", "some/pipe", "--out", tmp_path / "new.json")
+    result = retarget(*given, "--height", 32)
+    assert result.exit_code == 0, result.output
+    assert "called with guidance_scale 3.5, height 64, negative_prompt 'dull'" in result.stdout
+    told = (pipe.called[name] for name in ("guidance_scale", "height", "negative_prompt"))
+    assert tuple(told) == (3.5, 32, "dull")
+    assert retarget(*given, "--guidance", 1).exit_code == 0
+    assert pipe.called["guidance_scale"] == 1.0
 
 
 def test_a_plan_is_verified_at_its_own_grid() -> None:
