@@ -1,9 +1,13 @@
 """How good a plan is on given prompts: whole runs, paired with dense ones of the same seeds."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from evdit_opt.calibrate.kept import Kept, purpose
 from evdit_opt.calibrate.trial import mean_error, run_with_plan
 from evdit_opt.config import Config
 from evdit_opt.errors import PlanMismatchError
@@ -15,6 +19,8 @@ from evdit_opt.progress import track
 from evdit_opt.quality import compare
 
 __all__ = ["called_grid", "verify_plan"]
+
+RECORDING = "how good a plan is"
 
 
 def called_grid(target: object, items: Iterable[Item], config: Config, plan: Plan) -> VideoGrid:
@@ -37,7 +43,14 @@ def called_grid(target: object, items: Iterable[Item], config: Config, plan: Pla
     return plan.grid_source.read(bind_arguments(denoiser.model, args, kwargs))
 
 
-def verify_plan(target: object, items: Iterable[Item], config: Config, plan: Plan) -> Plan:
+def verify_plan(
+    target: object,
+    items: Iterable[Item],
+    config: Config,
+    plan: Plan,
+    *,
+    keep_in: str | os.PathLike[str] | None = None,
+) -> Plan:
     """The plan with the quality that it has on these items; the model is left dense.
 
     Args:
@@ -47,22 +60,28 @@ def verify_plan(target: object, items: Iterable[Item], config: Config, plan: Pla
             not in the last, such as guidance_scale, is as in calibration (see
             ``CalibrationRecord.call``).
         plan: of this model, at the grid of these calls.
+        keep_in: a folder for finished runs, as ``make_plan`` has it.
 
     Raises:
+        CalibrationError: if ``keep_in`` holds other work.
         PlanMismatchError: if it is of another model, or at another grid.
     """
     items = tuple(items)
+    config = replace(config, pipe_kwargs=_call(config, plan))
     grid = called_grid(target, items, config, plan)
     if grid != plan.grid:
         raise PlanMismatchError(
             f"expected calls at the plan's grid {plan.grid}, got {grid}; retarget the plan"
         )
-    denoiser = as_denoiser(target, items, _call(config, plan))
+    denoiser = as_denoiser(target, items, config.pipe_kwargs)
+    kept = Kept()
+    if keep_in is not None:
+        kept = Kept(Path(keep_in), purpose(target, denoiser, config, RECORDING))
     dense = [
-        denoiser.run(item, config.seed + n, config.calib_steps)
+        kept.run(f"dense-{n}", partial(denoiser.run, item, config.seed + n, config.calib_steps))
         for n, item in enumerate(track(items, "dense", config.progress))
     ]
-    sparse = run_with_plan(denoiser, plan, items, config)
+    sparse = run_with_plan(denoiser, plan, items, config, kept=kept)
     found = replace(plan.calibration, held_out_error=mean_error(sparse, dense))
     quality = compare(sparse, dense) if denoiser.makes_video else None
     return replace(plan, calibration=found, quality=quality)

@@ -48,6 +48,7 @@ def measure(
     ] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels; latent rows.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; latent columns.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale of the runs.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the first run's noise.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to run, such as cuda.")] = None,
     dtype: Annotated[
@@ -76,7 +77,7 @@ def measure(
     from evdit_opt.config import Config
     from evdit_opt.inspection.target import PROMPT, find_target
 
-    call = given(num_frames=frames, height=height, width=width)
+    call = given(num_frames=frames, height=height, width=width, guidance_scale=guidance)
 
     def run() -> None:
         texts = [*read_prompts(prompts), *(prompt or ())] or [PROMPT]

@@ -15,6 +15,7 @@ from evdit_opt.commands.common import (
     given,
     only_result_on_stdout,
     or_exit,
+    require_known,
     require_prompts_used,
     require_writable,
     write_json,
@@ -52,12 +53,16 @@ def retarget(
     dtype: Annotated[
         Precision | None, typer.Option(help="What to run in; as loaded if left out.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with runs that were interrupted.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a plan for another frame count or size, and say what is then extrapolated.
 
     With --model and prompts it is run against dense clips of that size, and carries its quality.
-    What is not given of size, guidance and the like is as it was in calibration.
+    What is not given of size, guidance and the like is as it was in calibration. Finished runs are
+    kept in OUT.unfinished until the plan is written: the same command with --resume goes on.
     """
     if (grid is None) == (model is None):
         raise typer.BadParameter("give --grid or --model")
@@ -66,20 +71,26 @@ def retarget(
         raise typer.BadParameter("what says how to call a model, and with what, needs --model")
 
     def run() -> None:
+        from evdit_opt.calibrate.kept import remove_kept
         from evdit_opt.grid import VideoGrid
         from evdit_opt.plan import Plan
         from evdit_opt.retarget import retarget
 
         require_writable(out)
+        unfinished = out.with_name(f"{out.name}.unfinished")
+        require_known(unfinished, resume)
         loaded = Plan.load(plan)
         if grid is not None:
             found = retarget(loaded, VideoGrid(*grid))
         else:
             texts = [*read_prompts(prompts), *(prompt or ())]
             with only_result_on_stdout():
-                found = _with_model(str(model), loaded, texts, call, seed, device, dtype)
+                found = _with_model(
+                    str(model), loaded, texts, call, seed, device, dtype, unfinished
+                )
         with writing(out):
             found.plan.save(out)
+        remove_kept(unfinished)
         if as_json:
             told = {
                 "out": str(out), **summary(found.plan), "grid": vars_of(found.plan.grid),
@@ -108,6 +119,7 @@ def _with_model(
     seed: int | None,
     device: str | None,
     dtype: Precision | None,
+    unfinished: Path,
 ) -> "Retargeted":
     """For the grid of a model's first call; verified where there is something real to run."""
     import torch
@@ -129,4 +141,5 @@ def _with_model(
     is_pipeline = found.items and isinstance(found.items[0], str)
     if found.made_up or (is_pipeline and not texts):
         return moved
-    return replace(moved, plan=verify_plan(found.target, found.items, config, moved.plan))
+    verified = verify_plan(found.target, found.items, config, moved.plan, keep_in=unfinished)
+    return replace(moved, plan=verified)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from evdit_opt.calibrate import verify
 from evdit_opt.calibrate.verify import verify_plan
 from evdit_opt.cli import app
 from evdit_opt.config import Config
@@ -18,6 +19,7 @@ from evdit_opt.inspection import target
 from evdit_opt.models import config_hash
 from evdit_opt.plan import Plan
 from evdit_opt.plan_records import call_record
+from evdit_opt.retarget import retarget as move
 from tests.models.toy_dit import ToyDiT, make_plan, toy, toy_inputs, toy_rules
 from tests.plans import PLAN
 
@@ -66,6 +68,26 @@ def test_to_what_a_model_is_called_with_and_verified(tmp_path: Path) -> None:
     assert error is not None
     assert 0.0 < error < 1.0
     assert json.loads(result.stdout)["held_out_error"] == error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.json", "old.json"]
+
+
+def test_an_interrupted_verification_goes_on(tmp_path: Path, monkeypatch) -> None:
+    model, call = longer_toy()
+    moved = move(toy_plan(), LONGER).plan
+    given: tuple[Any, ...] = (model, [call], Config(progress=False, inner="eager"), moved)
+
+    def interrupted(*_: object, **__: object) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify, "run_with_plan", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        verify_plan(*given, keep_in=tmp_path / "kept")
+    monkeypatch.undo()
+    runs = []
+    hook = model.register_forward_hook(lambda *_: runs.append(1))
+    verify_plan(*given, keep_in=tmp_path / "kept")
+    hook.remove()
+    assert len(runs) == 1  # the dense run was kept
 
 
 class Pipe:
