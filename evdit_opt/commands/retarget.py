@@ -62,7 +62,7 @@ def retarget(
 
     With --model and prompts it is run against dense clips of that size, and carries its quality.
     What is not given of size, guidance and the like is as it was in calibration. Finished runs are
-    kept in OUT.unfinished until the plan is written: the same command with --resume goes on.
+    kept in OUT.unverified until the plan is written: the same command with --resume goes on.
     """
     if (grid is None) == (model is None):
         raise typer.BadParameter("give --grid or --model")
@@ -77,7 +77,7 @@ def retarget(
         from evdit_opt.retarget import retarget
 
         require_writable(out)
-        unfinished = out.with_name(f"{out.name}.unfinished")
+        unfinished = out.with_name(f"{out.name}.unverified")  # no calibration is removed
         require_known(unfinished, resume)
         loaded = Plan.load(plan)
         if grid is not None:
