@@ -120,6 +120,16 @@ class TrainingConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise DistillationError(f"expected {name} to be an integer above 0, got {value!r}")
+        if type(self.warmup) is not int or self.warmup < 0:
+            raise DistillationError(
+                f"expected warmup to be an integer of at least 0, got {self.warmup!r}"
+            )
+        fall = self.decay_from
+        if fall is not None and (type(fall) is not int or not 0 <= fall <= self.steps):
+            raise DistillationError(
+                f"expected decay_from to be one of the stage's {self.steps} steps, or none, got "
+                f"{fall!r}, from which the rate would never fall"
+            )
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise DistillationError(f"expected {name} above 0, got {getattr(self, name)!r}")

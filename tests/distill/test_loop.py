@@ -240,7 +240,8 @@ def test_the_rate_warms_up_and_falls() -> None:
     "wrong",
     [{"steps": 0}, {"steps": 1, "batch": 1.5}, {"steps": 1, "learning_rate": 0.0},
      {"steps": 1, "average": 1.0}, {"steps": 1, "betas": (0.9, 1.5)},
-     {"steps": 1, "weight_decay": -1.0}],
+     {"steps": 1, "weight_decay": -1.0}, {"steps": 1, "warmup": -1},
+     {"steps": 9, "decay_from": 10}],
     ids=str,
 )  # fmt: skip
 def test_settings_are_checked(wrong: dict) -> None:
