@@ -78,7 +78,7 @@ def apply_plan(target: Target, plan: Plan, **options: Any) -> Target:
     """Apply a plan to a pipeline's denoiser or to a module, in place; see ``apply.apply_plan``.
 
     A pipeline whose plan is for fine-tuned weights also gets the few-step scheduler they are for.
-    The weights themselves come from ``evdit_opt.distill.saved.restore_finetuned``.
+    The weights themselves come from ``evdit_opt.distill.saved.restore_finetuned``; load them first.
 
     Args:
         target: a diffusers video pipeline, or an ``nn.Module``.
@@ -91,7 +91,8 @@ def apply_plan(target: Target, plan: Plan, **options: Any) -> Target:
 
     Raises:
         AlreadyOptimizedError: if a plan is applied already.
-        PlanMismatchError: if the plan is of another model.
+        PlanMismatchError: if the plan is of another model, or for fine-tuned weights that are not
+            there.
         UnsupportedInputError: if target is neither pipeline nor module.
     """
     model = denoiser_of(target)

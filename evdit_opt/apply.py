@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from evdit_opt.backend import Options, compile_graph
+from evdit_opt.changed_layers import require_changed
 from evdit_opt.errors import AlreadyOptimizedError, PlanMismatchError, UnsupportedInputError
 from evdit_opt.guard import Guard, Guarding, expected_errors
 from evdit_opt.inner import Inner
@@ -75,7 +76,8 @@ def apply_plan(
 
     Raises:
         AlreadyOptimizedError: if a plan is applied already.
-        PlanMismatchError: if the plan is for another class, or names modules the model lacks.
+        PlanMismatchError: if the plan is for another class, or names modules the model lacks, or
+            is for fine-tuned weights that are not there.
         UnsupportedInputError: if the model is compiled already in a way that cannot be combined.
         PlanError: if there is a guard, and the plan knows no errors to guard by.
     """
@@ -90,6 +92,8 @@ def apply_plan(
             f"expected a {plan.model_class}, got a {type(model).__name__}; load the plan of this "
             "model or make one with evdit_opt.make_plan"
         )
+    if plan.finetune is not None:
+        require_changed(model, plan.finetune)
     whole = plan.fullgraph if fullgraph is None else fullgraph
     if not whole:
         require_no_compiled_parts(model)

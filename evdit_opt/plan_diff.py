@@ -4,7 +4,7 @@ Evidence (errors, trials, quality, versions) does not count: it changes nothing 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evdit_opt.masks import Rule
 from evdit_opt.plan import Plan, SecondRule, SitePlan
@@ -62,7 +62,8 @@ def _whole(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "refresh levels", ", ".join(levels) or "none"
     trend = [] if reuse is None else [f"{p.damping!r} at {p.level!r}" for p in reuse.trend]
     yield "trend", ", ".join(trend) or "none"
-    yield "fine-tuning", "none" if plan.finetune is None else str(plan.finetune)
+    tuned = plan.finetune and replace(plan.finetune, changed=())  # its hash says as much
+    yield "fine-tuning", "none" if tuned is None else str(tuned)
     yield "precision of residuals", "none" if reuse is None else reuse.precision
 
 

@@ -18,6 +18,7 @@ from evdit_opt.strict_json import OPTIONAL, parse
 __all__ = [
     "MAX_TOKENS",
     "CalibrationRecord",
+    "ChangedLayer",
     "FinetuneRecord",
     "ReuseRecord",
     "SpeedRecord",
@@ -264,6 +265,38 @@ class SpeedRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ChangedLayer:
+    """A few weights of a linear layer, as training found and left them: see ``changed_layers``.
+
+    Attributes:
+        layer: path of the module.
+        shape: of its weight.
+        places: of the numbers in the flattened weight.
+        before: the numbers that training began with.
+        after: the trained ones, with what adapters add.
+    """
+
+    layer: str
+    shape: tuple[int, int]
+    places: tuple[int, ...]
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        require_text("layer", self.layer, 256)
+        for size in self.shape:
+            require_int("shape", size, 1, MAX_TOKENS)
+        if not 1 <= len(self.places) == len(self.before) == len(self.after) <= 100:
+            raise PlanError("expected 1 to 100 places, and a number before and after for each")
+        for place in self.places:
+            require_int("places", place, 0, self.shape[0] * self.shape[1] - 1)
+        for number in (*self.before, *self.after):
+            require_number("before and after", number, -math.inf)
+        if self.before == self.after:
+            raise PlanError(f"expected {self.layer} to have changed, before and after are the same")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneRecord:
     """The weights a plan is for, where fine-tuning made them, and the schedule they are for.
 
@@ -276,6 +309,8 @@ class FinetuneRecord:
         weights_sha256: of ``weights.safetensors`` beside the plan.
         consistency: a step is a segment of a consistency model with guidance in its weights; else
             the wrapped solver steps, and guidance is as before.
+        changed: by which these weights are told from those that training began with; empty if not
+            known.
     """
 
     steps: int
@@ -285,6 +320,7 @@ class FinetuneRecord:
     lora_modules: tuple[str, ...]
     weights_sha256: str
     consistency: bool = field(default=True, metadata={OPTIONAL: True})
+    changed: tuple[ChangedLayer, ...] = field(default=(), metadata={OPTIONAL: True})
 
     def __post_init__(self) -> None:
         require_int("steps", self.steps, 1, MAX_REFRESHES)
@@ -296,6 +332,8 @@ class FinetuneRecord:
         for name in self.lora_modules:
             require_text("lora_modules", name, 256)
         require_text("weights_sha256", self.weights_sha256, 64)
+        if len(self.changed) > 100:
+            raise PlanError(f"expected at most 100 changed layers, got {len(self.changed)}")
 
     def scheduler(self, base: Any) -> Any:
         """The few-step scheduler that these weights are for.

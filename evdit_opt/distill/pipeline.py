@@ -241,7 +241,9 @@ class Finetuning:
         result = self.config.folder / "result"
         with first_process() as mine:
             if mine:
-                self.plan = save_finetuned(self.model, self.few, self.config, self.plan, result)
+                self.plan = save_finetuned(
+                    self.model, self.teacher, self.few, self.config, self.plan, result
+                )
         if self.plan is not None:
             self.plan = Plan.load(result / PLAN_FILE)
         self.model.requires_grad_(False)

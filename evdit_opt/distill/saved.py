@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from evdit_opt import strict_json
+from evdit_opt.changed_layers import changed_layers
 from evdit_opt.distill.adapters import add_lora, load_weights, save_weights
 from evdit_opt.distill.config import FinetuneConfig
 from evdit_opt.errors import DistillationError
@@ -30,12 +31,16 @@ WEIGHTS, RECORD = "weights.safetensors", "evdit_finetune.json"
 
 def save_finetuned(
     model: nn.Module,
+    before: nn.Module,
     scheduler: FewStepScheduler,
     config: FinetuneConfig,
     plan: Plan | None,
     folder: Path,
 ) -> Plan | None:
-    """Write a fine-tuned denoiser, its schedule and its plan; returns the plan with the record."""
+    """Write a fine-tuned denoiser, its schedule and its plan; returns the plan with the record.
+
+    ``before`` is the denoiser that training began with.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rank = config.lora_rank or 0
     assert rank != "auto", "decided before training"
@@ -47,6 +52,7 @@ def save_finetuned(
         lora_modules=config.lora_modules if rank else (),
         weights_sha256=save_weights(model, folder / WEIGHTS),
         consistency=scheduler.config.segments is not None,
+        changed=changed_layers(before, model),
     )
     if plan is not None:
         plan = replace(plan, finetune=record)

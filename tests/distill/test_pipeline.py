@@ -27,7 +27,7 @@ from evdit_opt.distill.loop import TrainingConfig
 from evdit_opt.distill.pipeline import Finetuning, finetune
 from evdit_opt.distill.rehearsal import rehearse
 from evdit_opt.distill.saved import restore_finetuned
-from evdit_opt.errors import DistillationError
+from evdit_opt.errors import DistillationError, PlanMismatchError
 from evdit_opt.masks import Rule
 from evdit_opt.plan import PLAN_FILE
 from tests.models.toy_dit import make_plan
@@ -85,6 +85,8 @@ def test_optimize_trains_saves_and_restores_bit_for_bit(tmp_path: Path, rank: in
     restored = restore_finetuned(other, tmp_path / "result", inner="eager")
     assert restored == plan
     assert torch.equal(clip(other), made)
+    with pytest.raises(PlanMismatchError, match="load them before the plan"):
+        apply_plan(load_tinywan(), plan, inner="eager")
     if rank is None:  # as any other pipeline; diffusers cannot load one with adapters in it
         pipe.save_pretrained(tmp_path / "whole")
         loaded = WanPipeline.from_pretrained(tmp_path / "whole")
