@@ -39,7 +39,8 @@ class Generation:
     Attributes:
         level: noise level of the latest step.
         storages: of the conditioning that tells the generation from others.
-        shapes: shapes and dtypes of the call's tensors, on which those of the residuals depend.
+        shapes: shapes, dtypes and autocast of the call's tensors, on which those of the residuals
+            depend.
         step: number of the latest step, from 0.
         due: how many refresh levels lie at or above the running step.
         refreshed: the same for the latest step that ran to its end; 0: not refreshed yet.
@@ -165,7 +166,7 @@ class Generations:
         }
         tensors = {**conditioning, self._video: arguments.get(self._video)}
         shapes = tuple(
-            (name, tuple(x.shape), x.dtype, x.device)
+            (name, tuple(x.shape), x.dtype, x.device, _computed_in(x))
             for name, x in tensors.items()
             if isinstance(x, Tensor)
         )
@@ -202,6 +203,12 @@ class Generations:
                 "stay, or use a plan without reuse",
                 STRANGERS,
             )
+
+
+def _computed_in(value: Tensor) -> torch.dtype | None:
+    """What autocast, if it is on, computes in: residuals are of that precision, too."""
+    device = value.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def noise_level(arguments: Mapping[str, Any], timestep: str) -> float:

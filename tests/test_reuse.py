@@ -64,6 +64,20 @@ def test_a_run_is_that_of_the_reference(refresh_at: Any, modes: str, inner: str)
     assert not any(hasattr(module, "_evdit_site") for module in model.modules())
 
 
+def test_residuals_of_an_autocast_are_not_those_of_a_run_without() -> None:
+    """As clips are made in full precision while a model is trained in half of it."""
+    model, inputs = timed_toy(), conditioning()
+    apply_plan(model, reusing_plan(model), inner="eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = sample(model, inputs)
+    after = sample(model, inputs)
+    restore(model)
+    apply_plan(model, reusing_plan(model), inner="eager")
+    alone = sample(model, inputs)
+    assert error(after, alone) == 0
+    assert error(rough, alone) > 0
+
+
 def test_only_the_named_sites_reuse() -> None:
     model, inputs, rules = timed_toy(), conditioning(), toy_rules(2)
     sites = ("blocks.1.attn1",)
