@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import nn
+
 from evdit_opt.config import Config
 from evdit_opt.distill.conditions import Conditions
 from evdit_opt.distill.config import FinetuneConfig
+from evdit_opt.distill.loop import TrainingConfig
 from evdit_opt.errors import DistillationError
 from evdit_opt.scheduler import FewStepScheduler
 
-__all__ = ["laid_out", "require_one_guidance"]
+__all__ = ["laid_out", "require_one_guidance", "require_scaled"]
 
 
 def require_one_guidance(config: FinetuneConfig, search: Config) -> None:
@@ -32,6 +36,20 @@ def require_one_guidance(config: FinetuneConfig, search: Config) -> None:
         raise DistillationError(
             "expected no num_inference_steps in the arguments of the calls; the teacher's is "
             "full_steps, the student's is steps"
+        )
+
+
+def require_scaled(model: nn.Module, stage: str, config: TrainingConfig) -> None:
+    """Refuse a model in float16 without a scaled loss: small gradients vanish in it.
+
+    Raises:
+        DistillationError: naming the stage.
+    """
+    half = any(value.dtype == torch.float16 for value in model.parameters())
+    if half and not config.fp16:
+        raise DistillationError(
+            f"expected fp16: true of the {stage} stage for weights in float16, in which small "
+            "gradients vanish; set it, or load the pipeline in bfloat16 or float32"
         )
 
 

@@ -1,6 +1,7 @@
 """What is left of a training on disk: a checkpoint that is always whole, and a line a step.
 
-A checkpoint holds weights, their average, the optimizer and the step: all that a step depends on.
+A checkpoint holds weights, their average, the optimizer, the loss's scale and the step: all that a
+step depends on.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ class TrainingState:
     Args:
         trained: parameters by name.
         optimizer: theirs.
+        scaler: of the loss; holds nothing unless float16 is computed in.
         settings: a checkpoint of others is refused.
         samples: a step, in all processes: they number what a step sees.
         decay: of the moving average; None: none.
@@ -87,11 +89,12 @@ class TrainingState:
         self,
         trained: dict[str, nn.Parameter],
         optimizer: Any,
+        scaler: torch.amp.GradScaler,
         settings: Mapping[str, Any],
         samples: int,
         decay: float | None,
     ) -> None:
-        self.samples = samples
+        self.samples, self.scaler = samples, scaler
         self.trained, self.optimizer, self.settings = trained, optimizer, dict(settings)
         self.decay, self.average = decay, None
         if decay is not None:
@@ -114,6 +117,7 @@ class TrainingState:
             "weights": {name: whole(value.detach()) for name, value in self.trained.items()},
             "average": average and {name: whole(value) for name, value in average.items()},
             "optimizer": optimizer,
+            "scaler": self.scaler.state_dict(),
         }
 
     def restore(self, folder: Path) -> None:
@@ -140,6 +144,7 @@ class TrainingState:
                 value.copy_(placed_like(state["weights"][name], value))
         parameters = self.trained.values()
         self.optimizer.load_state_dict(placed_optimizer(state["optimizer"], parameters))
+        self.scaler.load_state_dict(state.get("scaler", {}))
         if state["average"] is not None:
             average = state["average"]
             self.average = {n: placed_like(average[n], v) for n, v in self.trained.items()}

@@ -93,6 +93,9 @@ class TrainingConfig:
         average: decay of a moving average of the weights, which takes their place at the end (a
             checkpoint has both); None: none.
         bf16: compute in bfloat16 where autocast does; weights and optimizer stay as they are.
+        fp16: the same in float16, for devices without bfloat16. The loss is scaled so that small
+            gradients do not vanish; a step whose gradients overflow is skipped, which its record
+            says, and the scale is halved.
         checkpointing: recompute activations in the backward, as diffusers models offer it.
         save_every: steps between checkpoints.
         tensorboard: write TensorBoard's event files too, in the stage's folder.
@@ -110,6 +113,7 @@ class TrainingConfig:
     clip: float = 1.0
     average: float | None = None
     bf16: bool = False
+    fp16: bool = False
     checkpointing: bool = False
     save_every: int = 50
     tensorboard: bool = False
@@ -142,6 +146,11 @@ class TrainingConfig:
             )
         if self.average is not None and not 0 <= self.average < 1:
             raise DistillationError(f"expected average in [0, 1), got {self.average!r}")
+        if self.fp16 and (self.bf16 or self.shard):
+            raise DistillationError(
+                f"expected fp16 alone, got it with {'bf16' if self.bf16 else 'shard'}; set fp16 to "
+                "false (its scaled gradients are not spread over processes)"
+            )
         if self.tensorboard and find_spec("tensorboard") is None:
             raise DistillationError(
                 "expected the package tensorboard for tensorboard=True, it is not installed; "
@@ -152,7 +161,14 @@ class TrainingConfig:
         """What a training depends on."""
         values = asdict(self)
         del values["save_every"], values["tensorboard"], values["shard"]
+        if not self.fp16:
+            del values["fp16"]  # so that runs begun before there was such a thing go on
         return values
+
+    def autocast(self, device: str) -> torch.autocast:
+        """What losses are computed in on a kind of device, such as "cuda"."""
+        dtype = torch.float16 if self.fp16 else torch.bfloat16
+        return torch.autocast(device, dtype, enabled=self.fp16 or self.bf16)
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: warm up, hold, then fall linearly to a fiftieth."""
@@ -198,7 +214,8 @@ def train(
         trained.values(), lr=0.0, betas=config.betas, weight_decay=config.weight_decay
     )
     total = config.batch * config.accumulate * accelerator.num_processes
-    state = TrainingState(trained, optimizer, config.settings(), total, config.average)
+    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.fp16)
+    state = TrainingState(trained, optimizer, scaler, config.settings(), total, config.average)
     folder.mkdir(parents=True, exist_ok=True)
     state.restore(folder)
     if accelerator.is_main_process:
@@ -211,23 +228,30 @@ def train(
         while state.step < config.steps:
             for group in optimizer.param_groups:
                 group["lr"] = config.rate(state.step)
-            totals = _accumulate(worker, losses, config, accelerator, state.step)
+            totals = _accumulate(worker, losses, config, accelerator, scaler, state.step)
             if many:
                 average_gradients(trained.values())
+            scaler.unscale_(optimizer)
             norm = float(whole(accelerator.clip_grad_norm_(list(trained.values()), config.clip)))
-            if not (math.isfinite(totals["loss"]) and math.isfinite(norm)):
+            scale, stepped = scaler.get_scale(), math.isfinite(norm)
+            # A loss times the scale may overflow where the loss does not: that is what it is for.
+            if not math.isfinite(totals["loss"]) or not (stepped or scale > 1):
                 raise DistillationError(
                     f"expected a finite loss, got {totals['loss']} (gradient norm {norm}) at step "
-                    f"{state.step}; {kept(folder)} lower the learning rate or turn bf16 off, "
-                    "and begin in another folder"
+                    f"{state.step}; {kept(folder)} lower the learning rate or turn bf16 and fp16 "
+                    "off, and begin in another folder"
                 )
-            optimizer.step()
+            if stepped:
+                scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
             state.step += 1
             state.seconds = time.monotonic() - started
-            state.update_average()
-            rate = config.rate(state.step - 1)
-            curves = {"learning_rate": rate, "gradient_norm": norm, **totals}
+            if stepped:
+                state.update_average()
+            curves = {"learning_rate": config.rate(state.step - 1), **totals}
+            curves |= {"gradient_norm": norm} if stepped else {"skipped": 1.0}
+            curves |= {"loss_scale": scale} if config.fp16 else {}
             record = {
                 "step": state.step,
                 "samples": state.step * total,
@@ -298,12 +322,16 @@ def _tracked(accelerator: Any, step: int) -> Iterator[None]:
 
 
 def _accumulate(
-    worker: nn.Module, losses: Losses, config: TrainingConfig, accelerator: Any, step: int
+    worker: nn.Module,
+    losses: Losses,
+    config: TrainingConfig,
+    accelerator: Any,
+    scaler: torch.amp.GradScaler,
+    step: int,
 ) -> dict[str, float]:
     """Gradients of one step; the means of its losses."""
     per_process = config.batch * config.accumulate
     first = (step * accelerator.num_processes + accelerator.process_index) * per_process
-    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.bf16)
     totals: dict[str, float] = {}
     for micro in range(config.accumulate):
         begin = first + micro * config.batch
@@ -312,9 +340,9 @@ def _accumulate(
             samples=tuple(range(begin, begin + config.batch)),
             total=per_process * accelerator.num_processes,
         )
-        with autocast:
+        with config.autocast(accelerator.device.type):
             found = losses(worker, numbers)
-        (found["loss"] / config.accumulate).backward()
+        scaler.scale(found["loss"] / config.accumulate).backward()
         for name, value in found.items():
             mean = accelerator.reduce(value.detach().float(), reduction="mean")
             totals[name] = totals.get(name, 0.0) + float(mean) / config.accumulate

@@ -20,7 +20,7 @@ from evdit_opt import apply
 from evdit_opt.calibrate.make import make_plan
 from evdit_opt.config import Config
 from evdit_opt.distill.adapters import add_lora, load_weights, lora_rank_for, save_weights
-from evdit_opt.distill.beforehand import laid_out, require_one_guidance
+from evdit_opt.distill.beforehand import laid_out, require_one_guidance, require_scaled
 from evdit_opt.distill.begun import described, require_same, write_begun
 from evdit_opt.distill.conditions import Conditions
 from evdit_opt.distill.config import FinetuneConfig
@@ -133,6 +133,7 @@ class Finetuning:
             require_same(self._folder(index), self._described(index))
             if stage != "search":
                 require_possible(self.model, getattr(config, stage))
+                require_scaled(self.model, stage, getattr(config, stage))
         self.learns = "consistency" in config.stages
         self.reducer = self._few_steps(None)
         self.few = self._few_steps(steps) if self.learns else self.reducer

@@ -44,8 +44,7 @@ def first_process() -> Iterator[bool]:
 def require_launch() -> None:
     """Refuse what a launch asks of accelerate and is not done here.
 
-    accelerate would not: on a CPU it ignores its FSDP plugin without a word, and its float16 needs
-    losses that are scaled.
+    accelerate would not: on a CPU it ignores its FSDP plugin and float16 without a word.
 
     Raises:
         DistillationError: a launch with FSDP, DeepSpeed, Megatron-LM or mixed precision.
@@ -61,8 +60,8 @@ def require_launch() -> None:
     precision = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no":
         raise DistillationError(
-            f"expected a launch with mixed_precision no, got {precision}; set "
-            "bf16: true of the stage instead (float16 is not supported: small gradients vanish)"
+            f"expected a launch with mixed_precision no, got {precision}; set bf16: true, or "
+            "fp16: true, of the stage instead"
         )
 
 

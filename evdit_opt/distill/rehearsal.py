@@ -76,7 +76,7 @@ def rehearse(run: Finetuning) -> list[Rehearsal]:
             copies = 3 if settings.average is None else 4
             for _ in range(2):
                 begin = time.perf_counter()
-                with torch.autocast(device, torch.bfloat16, enabled=settings.bf16):
+                with settings.autocast(device):
                     loss = losses(run.model, numbers)["loss"]
                 loss.backward()
                 if on_gpu:

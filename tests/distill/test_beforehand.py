@@ -11,8 +11,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from evdit_opt import Config, FewStepScheduler
-from evdit_opt.distill.beforehand import laid_out, require_one_guidance
+from evdit_opt.distill.beforehand import laid_out, require_one_guidance, require_scaled
 from evdit_opt.distill.config import FinetuneConfig
+from evdit_opt.distill.loop import TrainingConfig
 from evdit_opt.distill.segments import cut
 from evdit_opt.errors import DistillationError
 
@@ -69,3 +70,11 @@ def test_a_call_that_contradicts_the_settings_is_refused(given: dict, message: s
         require_one_guidance(CONFIG, Config(pipe_kwargs=given))
     require_one_guidance(CONFIG, Config(pipe_kwargs={"guidance_scale": 3.0, "height": 16}))
     require_one_guidance(replace(CONFIG, negative_prompt="bad"), Config())
+
+
+def test_weights_in_float16_need_a_scaled_loss() -> None:
+    model = nn.Linear(2, 2).half()
+    with pytest.raises(DistillationError, match="fp16: true of the knowledge stage"):
+        require_scaled(model, "knowledge", TrainingConfig(steps=1))
+    require_scaled(model, "knowledge", TrainingConfig(steps=1, fp16=True))
+    require_scaled(model.bfloat16(), "knowledge", TrainingConfig(steps=1))

@@ -241,7 +241,8 @@ def test_the_rate_warms_up_and_falls() -> None:
     [{"steps": 0}, {"steps": 1, "batch": 1.5}, {"steps": 1, "learning_rate": 0.0},
      {"steps": 1, "average": 1.0}, {"steps": 1, "betas": (0.9, 1.5)},
      {"steps": 1, "weight_decay": -1.0}, {"steps": 1, "warmup": -1},
-     {"steps": 9, "decay_from": 10}],
+     {"steps": 9, "decay_from": 10}, {"steps": 1, "bf16": True, "fp16": True},
+     {"steps": 1, "shard": True, "fp16": True}],
     ids=str,
 )  # fmt: skip
 def test_settings_are_checked(wrong: dict) -> None:
@@ -290,6 +291,39 @@ def test_bfloat16_computes_and_float32_learns(tmp_path: Path) -> None:
     list(train(model, noting, config, tmp_path))
     assert dtypes == {torch.bfloat16}
     assert {value.dtype for value in model.parameters()} == {torch.float32}
+
+
+def test_float16_skips_what_overflows_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """A gradient of 3 or more overflows float16 at the first scale, 2**16; then it is halved."""
+    config = replace(CONFIG, fp16=True, save_every=1, accumulate=1)
+
+    def steep(model: nn.Module, numbers: Numbers) -> dict[str, torch.Tensor]:
+        assert model[0](torch.zeros(1, 4)).dtype == torch.float16
+        found = losses(model, numbers)
+        return {"loss": found["loss"] * 100, "size": found["size"]}
+
+    straight, resumed = network(), network()
+    list(train(straight, steep, config, tmp_path / "straight"))
+    found = curve(tmp_path / "straight")
+    skipped = [record["step"] for record in found if record.get("skipped")]
+    assert skipped == list(range(1, len(skipped) + 1))
+    assert 0 < len(skipped) < 7
+    assert [r["loss_scale"] for r in found] == [
+        2.0 ** (16 - min(n, len(skipped))) for n in range(7)
+    ]
+    for record in train(network(), steep, config, tmp_path / "killed"):
+        if record["step"] == len(skipped):
+            break
+    list(train(resumed, steep, config, tmp_path / "killed"))
+    assert curve(tmp_path / "killed") == found
+    for one, other in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+    def endless(model: nn.Module, numbers: Numbers) -> dict[str, torch.Tensor]:
+        return {"loss": losses(model, numbers)["loss"] * 1e37}
+
+    with pytest.raises(DistillationError, match=r"at step 16; .*bf16 and fp16"):
+        list(train(network(), endless, replace(config, steps=20), tmp_path / "endless"))
 
 
 def scalars(folder: Path) -> list[tuple[str, int, float]]:

@@ -19,7 +19,11 @@ from evdit_opt.errors import DistillationError
     [
         ("ACCELERATE_USE_FSDP", "true", "without FSDP"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "without DEEPSPEED"),
-        ("ACCELERATE_MIXED_PRECISION", "fp16", "with mixed_precision no, got fp16; set bf16: true"),
+        (
+            "ACCELERATE_MIXED_PRECISION",
+            "fp16",
+            "with mixed_precision no, got fp16; set bf16: true, or fp16",
+        ),
         ("ACCELERATE_MIXED_PRECISION", "bf16", "with mixed_precision no, got bf16"),
     ],
 )
