@@ -53,7 +53,9 @@ class FinetuneConfig:
     folder: Path
     stages: tuple[str, ...] = STAGES
     consistency: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=1000))
-    knowledge: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=300))
+    knowledge: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(steps=300, decay_from=150)
+    )
     guidance: float = 5.0
     negative_prompt: str = ""
     full_steps: int = 50

@@ -126,7 +126,8 @@ def knowledge_losses(
         weights: of the terms.
 
     Returns:
-        Scalars: "output" and "attention" as in `KnowledgeWeights`, "loss" their weighted sum.
+        Scalars: "output" and "attention" as in `KnowledgeWeights`, "loss" their weighted sum, and
+        "relative", "output" over the mean square of the teacher's.
     """
     if sites.keys() != wanted_sites.keys():
         raise DistillationError(
@@ -140,7 +141,12 @@ def knowledge_losses(
         missed = (value.float() - target).square().mean()
         attention = attention + missed / target.square().mean() / len(sites)
     loss = weights.output * final + weights.attention * attention
-    return {"loss": loss, "output": final.detach(), "attention": attention.detach()}
+    return {
+        "loss": loss,
+        "output": final.detach(),
+        "attention": attention.detach(),
+        "relative": final.detach() / wanted.detach().float().square().mean(),
+    }
 
 
 class EdgeWalk:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -51,6 +51,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+USUAL_RATE = 1e-4
+
 SWITCHES = ("enable_gradient_checkpointing", "disable_gradient_checkpointing")
 """Methods of diffusers models."""
 
@@ -84,7 +86,8 @@ class TrainingConfig:
         steps: optimizer steps.
         batch: samples a forward, in each process.
         accumulate: forwards a step.
-        learning_rate: the highest.
+        learning_rate: the highest. "auto": 1e-4; for knowledge distillation in the pipeline what
+            `evdit_opt.distill.rate.knowledge_rate` decides.
         warmup: steps of its linear rise.
         decay_from: step from which it falls linearly to a fiftieth; None: it never falls.
         betas: of AdamW.
@@ -105,7 +108,7 @@ class TrainingConfig:
     steps: int
     batch: int = 4
     accumulate: int = 1
-    learning_rate: float = 1e-4
+    learning_rate: float | Literal["auto"] = "auto"
     warmup: int = 20
     decay_from: int | None = None
     betas: tuple[float, float] = (0.9, 0.98)
@@ -135,8 +138,9 @@ class TrainingConfig:
                 f"{fall!r}, from which the rate would never fall"
             )
         for name in ("learning_rate", "clip"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise DistillationError(f"expected {name} above 0, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if (name, value) != ("learning_rate", "auto") and not 0 < value < math.inf:
+                raise DistillationError(f"expected {name} above 0, got {value!r}")
         betas = self.betas
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise DistillationError(f"expected two betas in [0, 1), got {betas!r}")
@@ -175,7 +179,8 @@ class TrainingConfig:
         fall = 1.0
         if self.decay_from is not None and step > self.decay_from:
             fall = 0.02 + 0.98 * (self.steps - step) / max(1, self.steps - self.decay_from)
-        return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup), fall)
+        highest = USUAL_RATE if self.learning_rate == "auto" else self.learning_rate
+        return highest * min(1.0, (step + 1) / max(1, self.warmup), fall)
 
 
 def train(

@@ -29,6 +29,7 @@ from evdit_opt.distill.encode import encode_videos
 from evdit_opt.distill.knowledge import SiteOutputs, hooks_while_recomputing, train_only
 from evdit_opt.distill.loop import Losses, TrainingConfig, require_possible, train
 from evdit_opt.distill.processes import first_process, processes
+from evdit_opt.distill.rate import knowledge_rate
 from evdit_opt.distill.samples import write_samples
 from evdit_opt.distill.saved import save_finetuned
 from evdit_opt.distill.segments import cut
@@ -180,6 +181,9 @@ class Finetuning:
             load_weights(self.model, folder / WEIGHTS)
             return
         with self.losses(index) as (losses, settings):
+            if name == "knowledge" and settings.learning_rate == "auto":
+                rate = knowledge_rate(self.model, losses, settings, self._edges(index), folder)
+                settings = replace(settings, learning_rate=rate)
             for record in train(self.model, losses, settings, folder):
                 logger.info("%s %s", name, record)
                 self._sample(index, folder / "samples", record["step"])
@@ -218,10 +222,8 @@ class Finetuning:
                 "expected a plan with sparse sites to distil into, this one leaves all dense; "
                 "search with a lower density, or leave the knowledge stage out"
             )
-        # Few calls are all a consistency student makes; before that, more points are what matters.
         done = "consistency" in config.stages[:index]
-        edges = self.steps if done else min(config.full_steps, 4 * self.steps)
-        setting = self._setting(edges)
+        setting = self._setting(self._edges(index))
         teacher = copy.deepcopy(self.model).requires_grad_(False)
         train_only(self.model, self.trainable, sites if config.attention_only else None)
         watched, wanted = SiteOutputs(self.model, sites), SiteOutputs(teacher, sites)
@@ -252,6 +254,15 @@ class Finetuning:
         if self.learns:
             logger.info("call the pipeline with guidance_scale=1: guidance is in its weights now")
         return self.plan
+
+    def _edges(self, index: int) -> int:
+        """Of a walk of the knowledge stage.
+
+        Few calls are all a consistency student makes; before that, more points are what matters.
+        """
+        if "consistency" in self.config.stages[:index]:
+            return self.steps
+        return min(self.config.full_steps, 4 * self.steps)
 
     def _search(self, index: int) -> Plan:
         """The plan, for the pipeline as it will be used."""
