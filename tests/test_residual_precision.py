@@ -14,7 +14,6 @@ from evdit_opt.calibrate.record import Recording
 from evdit_opt.calibrate.residual_memory import GIB, Fit, fit_residuals, residual_bytes
 from evdit_opt.calibrate.stage import staged
 from evdit_opt.config import Config
-from evdit_opt.demo.tinywan import load_tinywan
 from evdit_opt.errors import CalibrationError, PlanError, UnsupportedInputError
 from evdit_opt.grid import TokenLayout
 from evdit_opt.kernels import residual as residual_module
@@ -28,6 +27,7 @@ from tests.models.branching_dit import make_branching, scope_plan
 from tests.models.timed_toy import CLOSE, TimedToy, call, conditioning
 from tests.models.toy_dit import GRID, make_plan
 from tests.plans import PLAN
+from tests.short_tinywan import short_tinywan
 
 SITE = "blocks.0.attn1"
 
@@ -210,7 +210,7 @@ def test_precisions_are_checked() -> None:
 
 def test_tinywan_is_calibrated_within_the_budget(caplog: pytest.LogCaptureFixture) -> None:
     size = {"num_frames": 9, "height": 32, "width": 32, "max_sequence_length": 16}
-    pipe: Any = load_tinywan()
+    pipe: Any = short_tinywan()
     layers, width = len(pipe.transformer.blocks), pipe.transformer.config
     numbers = 5 * 16 * width.num_attention_heads * width.attention_head_dim * layers * 2
     config = Config(

@@ -20,6 +20,7 @@ from evdit_opt.errors import CalibrationError
 from evdit_opt.masks import CACHED, Rule
 from evdit_opt.models import as_denoiser
 from tests.models.small_models import BY_NAME
+from tests.short_tinywan import short_tinywan
 from tests.test_api import CONFIG, calls
 
 SMALL = {"num_frames": 9, "height": 32, "width": 32, "guidance_scale": 2.0}
@@ -127,7 +128,7 @@ def test_a_speedup_is_searched_and_its_prediction_kept() -> None:
         progress=False, pipe_kwargs=SMALL, speedup=1.5, trial_prompts=1, verify_prompts=0,
         weightings=("none",),
     )  # fmt: skip
-    plan = evdit_opt.make_plan(load_tinywan(), ["a red circle moves right"], config)
+    plan = evdit_opt.make_plan(short_tinywan(), ["a red circle moves right"], config)
     assert plan.predicted is not None
     assert plan.predicted.speedup >= 1.5 - 1e-9
     assert plan.rules

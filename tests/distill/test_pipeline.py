@@ -17,7 +17,6 @@ from diffusers import WanPipeline
 from evdit_opt import Config, FewStepScheduler, Plan, apply_plan, optimize
 from evdit_opt.apply import is_optimized
 from evdit_opt.demo.clips import draw_clip, sample_clip
-from evdit_opt.demo.tinywan import load_tinywan
 from evdit_opt.distill import encode, pipeline
 from evdit_opt.distill.checkpoint import load_state
 from evdit_opt.distill.config import FinetuneConfig
@@ -31,6 +30,7 @@ from evdit_opt.errors import DistillationError, PlanMismatchError
 from evdit_opt.masks import Rule
 from evdit_opt.plan import PLAN_FILE
 from tests.models.toy_dit import make_plan
+from tests.short_tinywan import short_tinywan
 
 CALL = {"num_frames": 9, "height": 32, "width": 32, "max_sequence_length": 16}
 PROMPTS = ("a red circle moving left", "a blue square moving up", "a green plus moves down")
@@ -68,7 +68,7 @@ def _one_thread() -> Iterator[None]:
     [pytest.param(None, marks=pytest.mark.nightly, id="all weights"), pytest.param(2, id="lora")],
 )
 def test_optimize_trains_saves_and_restores_bit_for_bit(tmp_path: Path, rank: int | None) -> None:
-    pipe = load_tinywan()
+    pipe = short_tinywan()
     before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
     config = settings(tmp_path, lora_rank=rank)
     assert optimize(pipe, PROMPTS, SEARCH, steps=2, finetune=config) is pipe
@@ -81,12 +81,12 @@ def test_optimize_trains_saves_and_restores_bit_for_bit(tmp_path: Path, rank: in
     assert plan.finetune is not None
     assert (plan.finetune.steps, plan.finetune.lora_rank) == (2, rank or 0)
     assert "guidance_scale=1" in plan.describe()
-    other = load_tinywan()
+    other = short_tinywan()
     restored = restore_finetuned(other, tmp_path / "result", inner="eager")
     assert restored == plan
     assert torch.equal(clip(other), made)
     with pytest.raises(PlanMismatchError, match="load them before the plan"):
-        apply_plan(load_tinywan(), plan, inner="eager")
+        apply_plan(short_tinywan(), plan, inner="eager")
     if rank is None:  # as any other pipeline; diffusers cannot load one with adapters in it
         pipe.save_pretrained(tmp_path / "whole")
         loaded = WanPipeline.from_pretrained(tmp_path / "whole")
@@ -107,7 +107,7 @@ def test_videos_are_what_is_trained_on(tmp_path: Path, monkeypatch: pytest.Monke
     config = settings(
         tmp_path / "run", stages=("consistency",), data=VideoData(videos=clips), clips=99
     )
-    first = load_tinywan()
+    first = short_tinywan()
     finetune(first, PROMPTS, config, steps=2, search=SEARCH)
     shutil.rmtree(tmp_path / "run" / "1-consistency")
 
@@ -115,7 +115,7 @@ def test_videos_are_what_is_trained_on(tmp_path: Path, monkeypatch: pytest.Monke
         raise AssertionError("a clip that is encoded was read again")
 
     monkeypatch.setattr(encode, "read_clip", never)
-    second = load_tinywan()
+    second = short_tinywan()
     said: list[str] = []
     text = second.encode_prompt
     second.encode_prompt = lambda *g, **n: (
@@ -124,7 +124,7 @@ def test_videos_are_what_is_trained_on(tmp_path: Path, monkeypatch: pytest.Monke
     )[1]
     finetune(second, PROMPTS, config, steps=2, search=SEARCH)
     assert not any("yellow" in str(prompt) for prompt in said)
-    changed = load_tinywan().transformer.state_dict()
+    changed = short_tinywan().transformer.state_dict()
     for name, value in first.transformer.state_dict().items():
         assert torch.equal(value, second.transformer.state_dict()[name])
     assert any(not torch.equal(v, changed[n]) for n, v in first.transformer.state_dict().items())
@@ -141,14 +141,14 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
         (clips / f"{number}.txt").write_text(sample_clip(number).caption)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     script = Path(__file__).with_name("whole_run.py")
-    curves, start = {}, load_tinywan().transformer.state_dict()
+    curves, start = {}, short_tinywan().transformer.state_dict()
     for name, processes, batch, shard in (("one", 1, 2, 0), ("two", 2, 1, 0), ("shards", 2, 1, 1)):
         given = [str(tmp_path / name), str(clips), str(batch), str(shard), "0"]
         command = [*launch, str(processes), str(script), *given]
         subprocess.run(command, check=True, capture_output=True, timeout=300)
         read = (tmp_path / f"{name}.read").read_text().splitlines()
         assert sorted(read) == ["0.mp4", "1.mp4", "2.mp4"]
-        restored = load_tinywan()
+        restored = short_tinywan()
         restore_finetuned(restored, tmp_path / name / "result")
         learned = restored.transformer.state_dict()
         assert any(not torch.equal(value, start[key]) for key, value in learned.items())
@@ -165,7 +165,7 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 def test_the_other_order_trains_the_sparse_model_for_few_steps(tmp_path: Path) -> None:
-    pipe = load_tinywan()
+    pipe = short_tinywan()
     order = ("search", "knowledge", "consistency")
     plan = finetune(pipe, PROMPTS, settings(tmp_path, stages=order), steps=2, search=SEARCH)
     assert plan is not None
@@ -179,7 +179,7 @@ def test_a_killed_run_goes_on_at_its_stage_and_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages = ("consistency",)
-    straight, killed = load_tinywan(), load_tinywan()
+    straight, killed = short_tinywan(), short_tinywan()
     finetune(straight, PROMPTS, settings(tmp_path / "a", stages=stages), steps=2, search=SEARCH)
 
     train = pipeline.train
@@ -196,7 +196,7 @@ def test_a_killed_run_goes_on_at_its_stage_and_step(
         finetune(killed, PROMPTS, config, steps=2, search=SEARCH)
     monkeypatch.undo()
     assert load_state(tmp_path / "b" / "1-consistency")["step"] == 2
-    again = load_tinywan()
+    again = short_tinywan()
     finetune(again, PROMPTS, config, steps=2, search=SEARCH)
     for one, other in zip(
         straight.transformer.parameters(), again.transformer.parameters(), strict=True
@@ -211,14 +211,14 @@ def test_a_killed_run_goes_on_at_its_stage_and_step(
         with pytest.raises(
             DistillationError, match=r"begun with, got others \((steps 2, now 3|gui)"
         ):
-            finetune(load_tinywan(), PROMPTS, changed, steps=steps, search=SEARCH)
-    third = load_tinywan()
+            finetune(short_tinywan(), PROMPTS, changed, steps=steps, search=SEARCH)
+    third = short_tinywan()
     finetune(third, PROMPTS, config, steps=2, search=SEARCH)
     assert torch.equal(clip(third), clip(again))
 
 
 def test_a_rehearsal_changes_nothing(tmp_path: Path) -> None:
-    pipe = load_tinywan()
+    pipe = short_tinywan()
     before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
     run = Finetuning(pipe, PROMPTS, settings(tmp_path), 2, SEARCH)
     [found] = rehearse(run)
@@ -233,7 +233,7 @@ def test_a_rehearsal_changes_nothing(tmp_path: Path) -> None:
 
 def test_a_rehearsal_computes_as_the_training_will(tmp_path: Path) -> None:
     stage = replace(SHORT, bf16=True, checkpointing=True, average=0.9)
-    pipe = load_tinywan()
+    pipe = short_tinywan()
     run = Finetuning(
         pipe, PROMPTS, settings(tmp_path, stages=("consistency",), consistency=stage), 2, SEARCH
     )
@@ -249,26 +249,26 @@ def test_a_rehearsal_computes_as_the_training_will(tmp_path: Path) -> None:
 
 def test_without_a_consistency_stage_the_wrapped_solver_steps(tmp_path: Path) -> None:
     """What was not trained for segments, nor to be its own guidance, is not called so."""
-    pipe = load_tinywan()
+    pipe = short_tinywan()
     run = Finetuning(pipe, PROMPTS, settings(tmp_path, stages=("search", "knowledge")), 2, SEARCH)
     run.finish()
-    other = load_tinywan()
+    other = short_tinywan()
     restore_finetuned(other, tmp_path / "result")
     for scheduler in (pipe.scheduler, other.scheduler):
         assert (scheduler.config.steps, scheduler.config.segments) == (2, None)
-    Finetuning(load_tinywan(), PROMPTS, settings(tmp_path), 2, SEARCH).finish()
-    restored = load_tinywan()
+    Finetuning(short_tinywan(), PROMPTS, settings(tmp_path), 2, SEARCH).finish()
+    restored = short_tinywan()
     restore_finetuned(restored, tmp_path / "result")
     assert restored.scheduler.config.segments == 2
 
 
 def test_the_student_is_sampled_at_the_points_that_it_is_trained_at(tmp_path: Path) -> None:
-    run = Finetuning(load_tinywan(), PROMPTS, settings(tmp_path, time_shift=2.0), 3, SEARCH)
+    run = Finetuning(short_tinywan(), PROMPTS, settings(tmp_path, time_shift=2.0), 3, SEARCH)
     segments = run._setting(3).segments
     run.few.set_timesteps(50)
     edges = list(segments.edges[:-1])
     assert segments.timesteps[edges].tolist() == run.few.timesteps.tolist()
-    plain = Finetuning(load_tinywan(), PROMPTS, settings(tmp_path), 3, SEARCH)._setting(3)
+    plain = Finetuning(short_tinywan(), PROMPTS, settings(tmp_path), 3, SEARCH)._setting(3)
     assert plain.segments.edges != segments.edges
 
 
@@ -278,7 +278,7 @@ def test_only_the_sites_are_trained_on_request(
     stages = ("search", "knowledge")
     for only in (False, True):
         config = settings(tmp_path / str(only), stages=stages, attention_only=only)
-        run = Finetuning(load_tinywan(), PROMPTS, config, 2, SEARCH)
+        run = Finetuning(short_tinywan(), PROMPTS, config, 2, SEARCH)
         run.plan, every = make_plan(run.model, {"blocks.1.attn1": Rule(1)}), run.trained
         with run.losses(1):
             names = {n for n, value in run.model.named_parameters() if value.requires_grad}
@@ -289,20 +289,20 @@ def test_only_the_sites_are_trained_on_request(
 
 
 def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
-    pipe = load_tinywan()
+    pipe = short_tinywan()
     finetune(pipe, PROMPTS, settings(tmp_path, stages=("consistency",)), steps=2, search=SEARCH)
     weights = tmp_path / "result" / "weights.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(DistillationError, match="copy the whole folder"):
-        restore_finetuned(load_tinywan(), tmp_path / "result")
+        restore_finetuned(short_tinywan(), tmp_path / "result")
     with pytest.raises(DistillationError, match="'result' folder"):
-        restore_finetuned(load_tinywan(), tmp_path)
+        restore_finetuned(short_tinywan(), tmp_path)
 
 
 def test_what_cannot_be_trained_is_said_first(tmp_path: Path) -> None:
-    pipe = load_tinywan()
+    pipe = short_tinywan()
     with pytest.raises(DistillationError, match="prompt"):
         Finetuning(pipe, (), settings(tmp_path), 2, SEARCH)
     with pytest.raises(DistillationError, match="pipeline"):
@@ -327,7 +327,7 @@ def test_what_cannot_be_trained_is_said_first(tmp_path: Path) -> None:
     write_shards(tmp_path / "small", 1, lambda n: (torch.zeros(8, 1, 8, 8), "a"))
     with pytest.raises(DistillationError, match=r"latents \[8, 5, 8, 8\] .*got \[8, 1, 8, 8\]"):
         Finetuning(pipe, PROMPTS, settings(tmp_path, latents=tmp_path / "small"), 2, SEARCH)
-    half = load_tinywan().to(torch.bfloat16)
+    half = short_tinywan().to(torch.bfloat16)
     with pytest.raises(DistillationError, match="weights in float32 to train all"):
         Finetuning(half, PROMPTS, settings(tmp_path), 2, SEARCH)
     Finetuning(half, PROMPTS, settings(tmp_path, lora_rank=2), 2, SEARCH)
