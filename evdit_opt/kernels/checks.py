@@ -73,7 +73,8 @@ def check_inputs(
         raise MaskError(
             f"expected the heads of q to be a multiple of those of k, got {heads} and {keys[1]}"
         )
-    if _differ(seq, geometry.seq_len) or not geometry.is_valid:
+    lengths = (geometry.frames - 1, geometry.tokens - 1, geometry.prefix, geometry.suffix)
+    if _differ(seq, geometry.seq_len) or any(_is_known(n) and n < 0 for n in lengths):
         raise MaskError(
             f"expected seq = prefix + frames * tokens_per_frame + suffix = {geometry.prefix} + "
             f"{geometry.frames} * {geometry.tokens} + {geometry.suffix} = {geometry.seq_len}, "
@@ -163,6 +164,9 @@ def _differ(a: int, b: int) -> bool:
     if type(a) is int and type(b) is int:
         return a != b
     difference = a - b
-    if isinstance(difference, torch.SymInt) and not difference.node.has_hint():
-        return False
-    return difference != 0
+    return _is_known(difference) and difference != 0
+
+
+def _is_known(n: int) -> bool:
+    """Whether the tracer knows a value that this size has."""
+    return not isinstance(n, torch.SymInt) or n.node.has_hint()

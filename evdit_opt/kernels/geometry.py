@@ -34,11 +34,6 @@ class Geometry:
         return self.prefix + self.frames * self.tokens + self.suffix
 
     @property
-    def is_valid(self) -> bool:
-        """Whether there is a token in every frame, and nothing is negative."""
-        return self.frames > 0 and self.tokens > 0 and self.prefix >= 0 and self.suffix >= 0
-
-    @property
     def text(self) -> Ranges:
         """Token ranges of the text."""
         video_stop = self.prefix + self.frames * self.tokens
