@@ -64,7 +64,7 @@ def optimize(
     else:
         from evdit_opt.distill.pipeline import finetune as train
 
-        plan = train(target, tuple(calib), finetune, steps=steps, search=config)
+        plan = train(target, calib, finetune, steps=steps, search=config)
         if plan is None:
             return target
     if plan.rules:

@@ -92,8 +92,9 @@ def require_same(folder: Path, settings: Mapping[str, str]) -> None:
 
 
 def write_begun(folder: Path, settings: Mapping[str, str]) -> None:
-    """Write down the settings of a stage that begins."""
+    """Make the folder of a stage that begins, and write down its settings there."""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with whole_file(folder / BEGUN) as partial:
             partial.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     except OSError as error:

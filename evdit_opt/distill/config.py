@@ -73,6 +73,14 @@ class FinetuneConfig:
     samples: SampleConfig | None = None
 
     def __post_init__(self) -> None:
+        for name in ("folder", "latents"):
+            value = getattr(self, name)
+            if not isinstance(value, Path) and (name, value) != ("latents", None):
+                raise DistillationError(f"expected {name} to be a pathlib.Path, got {value!r}")
+        for name in ("stages", "lora_modules"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
+                raise DistillationError(f"expected {name} to be a tuple of names, got {value!r}")
         learns = "consistency" in self.stages
         unknown = [name for name in self.stages if name not in STAGES]
         if unknown or not self.stages or len(set(self.stages)) != len(self.stages):
@@ -172,7 +180,7 @@ def read_config(path: Path) -> Job:
         if given.get(name) is not None:
             given[name] = path.parent / str(given[name])
     for name in ("stages", "lora_modules"):
-        if name in given:
+        if isinstance(given.get(name), list):
             given[name] = tuple(given[name])
     values["finetune"] = _made(FinetuneConfig, given, "finetune")
     prompts = values.get("prompts")

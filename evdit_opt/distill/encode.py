@@ -46,6 +46,8 @@ class VideoData:
     rate: float | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.videos, Path):
+            raise DistillationError(f"expected videos to be a pathlib.Path, got {self.videos!r}")
         if self.rate is not None and not 0 < self.rate < float("inf"):
             raise DistillationError(f"expected rate above 0 or none, got {self.rate!r}")
 

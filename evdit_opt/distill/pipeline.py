@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +50,7 @@ WEIGHTS, PLAN = "weights.safetensors", "plan.evdit.json"
 
 def finetune(
     pipe: Any,
-    prompts: Sequence[str],
+    prompts: Iterable[str],
     config: FinetuneConfig,
     *,
     steps: int,
@@ -64,7 +64,7 @@ def finetune(
 
     Args:
         pipe: a diffusers video pipeline with one transformer.
-        prompts: captions to train on, and to calibrate with.
+        prompts: captions to train on, and to calibrate with; a single text is one.
         config: see `FinetuneConfig`.
         steps: of the student.
         search: of the search stage; its ``pipe_kwargs`` are those of all calls, but for guidance,
@@ -98,12 +98,13 @@ class Finetuning:
     def __init__(
         self,
         pipe: Any,
-        prompts: Sequence[str],
+        prompts: Iterable[str],
         config: FinetuneConfig,
         steps: int,
         search: Config,
     ) -> None:
-        self.pipe, self.prompts, self.steps, self.search = pipe, tuple(prompts), steps, search
+        self.pipe, self.steps, self.search = pipe, steps, search
+        self.prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
         self.model: nn.Module = denoiser_of(pipe)
         if self.model is pipe:
             raise DistillationError("expected a diffusers pipeline to fine-tune, got a module")
@@ -169,7 +170,6 @@ class Finetuning:
         name, folder = self.config.stages[index], self._folder(index)
         with first_process() as mine:
             if mine:
-                folder.mkdir(parents=True, exist_ok=True)
                 write_begun(folder, self._described(index))
         if name == "search":
             with first_process() as mine:

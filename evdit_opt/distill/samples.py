@@ -42,8 +42,11 @@ class SampleConfig:
     def __post_init__(self) -> None:
         if type(self.every) is not int or self.every < 1:
             raise DistillationError(f"expected every to be an integer above 0, got {self.every!r}")
-        if not self.prompts or not all(isinstance(text, str) for text in self.prompts):
-            raise DistillationError(f"expected prompts of samples, got {self.prompts!r}")
+        texts = self.prompts
+        if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
+            raise DistillationError(
+                f"expected prompts of samples to be a list of texts, got {texts!r}"
+            )
         if self.kind not in KINDS:
             raise DistillationError(f"expected kind {' or '.join(KINDS)}, got {self.kind!r}")
         if not 0 < self.rate < float("inf"):

@@ -71,6 +71,9 @@ def test_what_changed_is_named(tmp_path: Path) -> None:
     require_same(tmp_path, of(USUAL))
     with pytest.raises(DistillationError, match=r"guidance 5\.0, now 2\.0\); go on with those"):
         require_same(tmp_path, of(replace(USUAL, guidance=2.0)))
+    (tmp_path / "file").touch()
+    with pytest.raises(DistillationError, match=r"expected to write .*file/begun\.json"):
+        write_begun(tmp_path / "file", of(USUAL))
     (tmp_path / "begun.json").write_text("{")
     with pytest.raises(DistillationError, match="cannot read them"):
         require_same(tmp_path, of(USUAL))

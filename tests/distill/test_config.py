@@ -60,6 +60,8 @@ def test_yaml_says_everything(tmp_path: Path) -> None:
         ("folder: run", "stages: [search]", "complete"),
         ("guidance: 2.0", "stages: [knowledge, search]", "search before knowledge"),
         ("guidance: 2.0", "stages: [search, search]", "each once"),
+        ("lora_modules: [to_q, to_k]", "lora_modules: to_q", "lora_modules to be a tuple of names"),
+        ("guidance: 2.0", "samples: {every: 9, prompts: a b}", "samples to be a list of texts"),
         ("guidance: 2.0", "data: {folder: clips}", "finetune.data to hold rate, videos"),
         ("guidance: 2.0", "data: {rate: 16}", "data to be complete"),
         ("guidance: 2.0", "data: {videos: clips, rate: 0}", "rate above 0"),
@@ -99,3 +101,15 @@ def test_samples_and_tensorboard_are_asked_for(
 def test_no_file_is_said(tmp_path: Path) -> None:
     with pytest.raises(DistillationError, match=r"job\.yaml"):
         read_config(tmp_path / "job.yaml")
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "name"),
+    [(FinetuneConfig, {"folder": "run"}, "folder"),
+     (FinetuneConfig, {"folder": Path("run"), "latents": "run"}, "latents"),
+     (VideoData, {"videos": "clips"}, "videos")],
+    ids=["folder", "latents", "videos"],
+)  # fmt: skip
+def test_folders_are_paths(kind: type, given: dict, name: str) -> None:
+    with pytest.raises(DistillationError, match=f"{name} to be a pathlib.Path, got '"):
+        kind(**given)
