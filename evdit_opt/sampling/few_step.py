@@ -234,7 +234,13 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             )
         if sigmas is None and timesteps is None:
             given["num_inference_steps"] = settings.full_steps
-        wrapped.set_timesteps(device=device, **given)
+        try:
+            wrapped.set_timesteps(device=device, **given)
+        except ValueError as error:
+            raise SchedulerError(
+                f"expected a schedule that {type(wrapped).__name__} accepts, got {given}: {error}; "
+                "full_steps says how long it is, unless sigmas or timesteps do"
+            ) from error
         full = noise_levels(wrapped)
         indices, self.landing = settings.indices(full)
         terminal = len(wrapped.timesteps)

@@ -81,9 +81,13 @@ def convention_of(scheduler: Any) -> str:
     """
     name = type(scheduler).__name__
     if name not in WRAPPABLE:
+        other = (
+            "convert it first, for example UniPCMultistepScheduler.from_config(scheduler.config)"
+        )
+        if name == "FewStepScheduler":
+            other = "give the one it is made of, scheduler.wrapped"
         raise UnsupportedInputError(
-            f"expected a scheduler among {', '.join(WRAPPABLE)}, got {name}; convert it first, "
-            "for example UniPCMultistepScheduler.from_config(scheduler.config)"
+            f"expected a scheduler among {', '.join(WRAPPABLE)}, got {name}; {other}"
         )
     if name == "FlowMatchEulerDiscreteScheduler":
         return "inverted flow" if scheduler.config.invert_sigmas else "flow"

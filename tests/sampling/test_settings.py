@@ -45,7 +45,7 @@ def test_an_unsupported_scheduler():
     with pytest.raises(UnsupportedInputError, match="got PNDMScheduler; convert it first"):
         FewStepScheduler(PNDMScheduler(), steps=4)
     few = FewStepScheduler(SCHEDULERS["flow-euler"](), steps=4)
-    with pytest.raises(UnsupportedInputError, match="got FewStepScheduler"):
+    with pytest.raises(UnsupportedInputError, match=r"got FewStepScheduler; give .*wrapped"):
         FewStepScheduler(few, steps=4)
 
 
@@ -91,6 +91,12 @@ def test_sigmas_the_wrapped_scheduler_does_not_take():
     few = FewStepScheduler(SCHEDULERS["ddim-v"](), steps=4)
     with pytest.raises(SchedulerError, match="expected no sigmas for DDIMScheduler"):
         few.set_timesteps(sigmas=[1.0, 0.8, 0.6, 0.4])
+
+
+def test_a_schedule_longer_than_the_training_timesteps():
+    few = FewStepScheduler(SCHEDULERS["ddim-v"](), steps=4, full_steps=2000)
+    with pytest.raises(SchedulerError, match=r"'num_inference_steps': 2000.*full_steps says"):
+        few.set_timesteps(50)
 
 
 def test_arguments_a_first_order_step_has_not():
