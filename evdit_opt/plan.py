@@ -291,9 +291,8 @@ class Plan:
             f"threshold {self.calibration.threshold:.3g}",
             f"mean density {self.density:.3f}, {len(self.rules)} of {len(self.sites)} sites sparse",
         ]
-        if call := self.calibration.arguments:
-            told = (f"{name} {strict_json.shorten(value)}" for name, value in call.items())
-            head.insert(2, f"called with {', '.join(told)}")
+        if self.calibration.call:
+            head.insert(2, f"called with {self.calibration.describe_call()}")
         if self.calibrated_at is not None:
             grid = self.grid
             head.insert(

@@ -13,7 +13,7 @@ from typing import Any
 
 from evdit_opt.errors import PlanError
 from evdit_opt.kernels.residual import PRECISIONS, Precision
-from evdit_opt.strict_json import OPTIONAL, parse
+from evdit_opt.strict_json import OPTIONAL, parse, shorten
 
 __all__ = [
     "MAX_TOKENS",
@@ -237,6 +237,10 @@ class CalibrationRecord:
     def arguments(self) -> dict[str, Any]:
         """Of ``call``, as the pipeline takes them."""
         return {name: parse(text) for name, text in self.call}
+
+    def describe_call(self) -> str:
+        """Of ``call``, for people."""
+        return ", ".join(f"{name} {shorten(value)}" for name, value in self.arguments.items())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

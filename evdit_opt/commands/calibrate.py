@@ -212,7 +212,8 @@ def _kept(error: QualityFloorError, out: Path) -> QualityFloorError:
     """Hours of calibration must not be lost with the error: the best plan goes beside ``out``."""
     rejected = out.with_name(f"rejected-{out.name}")
     plan: Any = error.plan
-    plan.save(rejected)
+    with writing(rejected):
+        plan.save(rejected)
     return QualityFloorError(
         f"{error}; the best plan is kept as {rejected}, and so are all runs: --resume with another "
         "floor repeats none",

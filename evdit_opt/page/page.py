@@ -237,6 +237,7 @@ def _origin(plan: Plan) -> Iterator[Html]:
     facts = [
         ("plan", plan.fingerprint()),
         ("calibration", f"{made.prompt_count} prompts, {made.steps} steps, seed {made.seed}"),
+        *([("called with", made.describe_call())] if made.call else []),
         ("threshold", f"{made.threshold:.4g}"),
         ("prompts", made.prompts_hash),
         ("model configuration", plan.model_config_hash),

@@ -81,8 +81,10 @@ def test_everything_of_a_plan_is_there() -> None:
     assert plan.speed is not None
     assert f"{plan.quality.psnr.mean:.1f} dB" in told
     assert f"{plan.speed.speedup:.2f}x" in told
-    expected = replace(plan, predicted=replace(plan.speed, optimized_ms=plan.speed.dense_ms / 7))
-    assert {"predicted speed", "7.00x"} <= set(Page(plan_page(expected)).texts)
+    called = replace(plan.calibration, call=(("guidance_scale", "2.5"),))
+    predicted = replace(plan.speed, optimized_ms=plan.speed.dense_ms / 7)
+    newer = Page(plan_page(replace(plan, predicted=predicted, calibration=called)))
+    assert {"predicted speed", "7.00x", "guidance_scale 2.5"} <= set(newer.texts)
     assert plan.reuse is not None
     assert page.tags.count("video") == 0
     assert page.tags.count("script") == 0
