@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from evdit_opt.calibrate.kept import Kept, purpose
 from evdit_opt.calibrate.trial import mean_error, run_with_plan
 from evdit_opt.config import Config
@@ -64,9 +66,11 @@ def verify_plan(
 
     Raises:
         CalibrationError: if ``keep_in`` holds other work.
-        PlanMismatchError: if it is of another model, or at another grid.
+        PlanMismatchError: if it is of another model, or at another grid, or for fine-tuned weights
+            where the pipeline does not sample as they do.
     """
     items = tuple(items)
+    _require_schedule(target, plan)
     config = replace(config, pipe_kwargs=_call(config, plan))
     grid = called_grid(target, items, config, plan)
     if grid != plan.grid:
@@ -85,6 +89,21 @@ def verify_plan(
     found = replace(plan.calibration, held_out_error=mean_error(sparse, dense))
     quality = compare(sparse, dense) if denoiser.makes_video else None
     return replace(plan, calibration=found, quality=quality)
+
+
+def _require_schedule(target: object, plan: Plan) -> None:
+    if plan.finetune is None or isinstance(target, nn.Module):
+        return
+    from evdit_opt.scheduler import FewStepScheduler  # which needs diffusers
+
+    scheduler = getattr(target, "scheduler", None)
+    few = scheduler if isinstance(scheduler, FewStepScheduler) else None
+    if few is None or few.config.steps != plan.finetune.steps:
+        raise PlanMismatchError(
+            f"expected the fine-tuned pipeline that this plan is for, of {plan.finetune.steps} "
+            f"steps, got one that samples by {type(scheduler).__name__}; run it on what "
+            "evdit_opt.distill.saved.restore_finetuned makes (and evdit_opt.restore then)"
+        )
 
 
 def _call(config: Config, plan: Plan) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from evdit_opt.grid import VideoGrid
 from evdit_opt.inspection import target
 from evdit_opt.models import config_hash
 from evdit_opt.plan import Plan
-from evdit_opt.plan_records import call_record
+from evdit_opt.plan_records import FinetuneRecord, call_record
 from evdit_opt.retarget import retarget as move
 from tests.models.toy_dit import ToyDiT, make_plan, toy, toy_inputs, toy_rules
 from tests.plans import PLAN
@@ -126,6 +126,14 @@ def test_a_plan_is_verified_at_its_own_grid() -> None:
     model, call = longer_toy()
     with pytest.raises(PlanMismatchError, match="retarget the plan"):
         verify_plan(model, [call], Config(), toy_plan())
+
+
+def test_a_plan_for_other_weights_is_not_judged_on_these() -> None:
+    record = FinetuneRecord(
+        steps=4, full_steps=20, time_shift=1.0, lora_rank=0, lora_modules=(), weights_sha256="0"
+    )
+    with pytest.raises(PlanMismatchError, match="fine-tuned pipeline"):
+        verify_plan(Pipe(), ["a cat"], Config(), replace(toy_plan(), finetune=record))
 
 
 @pytest.mark.parametrize(
