@@ -305,7 +305,7 @@ def test_what_cannot_be_trained_is_said_first(tmp_path: Path) -> None:
     pipe = short_tinywan()
     with pytest.raises(DistillationError, match="prompt"):
         Finetuning(pipe, (), settings(tmp_path), 2, SEARCH)
-    one = Finetuning(load_tinywan(), PROMPTS[0], settings(tmp_path), 2, SEARCH)
+    one = Finetuning(short_tinywan(), PROMPTS[0], settings(tmp_path), 2, SEARCH)
     assert one.prompts == PROMPTS[:1]  # not its letters
     with pytest.raises(DistillationError, match="pipeline"):
         Finetuning(pipe.transformer, PROMPTS, settings(tmp_path), 2, SEARCH)
