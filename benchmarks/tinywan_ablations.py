@@ -6,7 +6,7 @@
 Every arm is trained, unless its weights are there, and compared with the clips of 50 guided steps.
 Consistency is trained for half as long as the shipped students, so that there are arms enough;
 arms are compared with the arm "consistency", not with those students. Several processes may each do
-some arms; the results in the folder are gathered by the last one.
+some arms; each adds what is in the folder to the results.
 """
 
 import argparse
@@ -229,12 +229,16 @@ def evaluated(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def gather(options: argparse.Namespace) -> None:
-    """Write the rows that are there."""
-    rows = [
-        json.loads((options.folder / name / "row.json").read_text())
-        for name in ARMS
-        if (options.folder / name / "row.json").exists()
-    ]
+    """Write the rows that are there; those of arms that other runs measured stay."""
+    before = json.loads(options.output.read_text()) if options.output.exists() else {"rows": []}
+    if before["rows"] and before["clips"] != options.clips:
+        raise SystemExit(f"{options.output} is of {before['clips']} clips: give another --output")
+    known = {row["arm"]: row for row in before["rows"]}
+    for name in ARMS:
+        path = options.folder / name / "row.json"
+        if path.exists():
+            known[name] = json.loads(path.read_text())
+    rows = [known[name] for name in ARMS if name in known]
     result = {
         "what": "TinyWan's students, one choice changed at a time (8-bit clips)",
         "clips": options.clips,
