@@ -50,7 +50,7 @@ class Arm:
 
     Attributes:
         title: in the tables.
-        table: which one; none: only others begin with its weights.
+        table: which one.
         train: "consistency" or "knowledge" and its arguments; none: nothing is trained.
         start: the arm whose weights it begins with, or a file; None: TinyWan itself.
         segments: calls of the student.
@@ -128,15 +128,6 @@ ARMS: dict[str, Arm] = {
         "calibrated plan, distilled at a tenth of the rate", "--rate", SLOW,
         table="reuse", plan=FOUND,
     ),
-    "first-consistency": _knowledge(
-        "consistency, then knowledge", table="order", start="consistency"
-    ),
-    "knowledge-first": _knowledge(
-        "knowledge at 24 guided points", "--guidance", "2", table="", start=None, segments=24
-    ),
-    "then-consistency": _consistency(
-        "knowledge, then consistency", table="order", start="knowledge-first", plan=STATIC
-    ),
 }  # fmt: skip
 
 
@@ -210,7 +201,7 @@ def evaluated(name: str, options: argparse.Namespace) -> dict[str, Any]:
     arm = ARMS[name]
     weights = weights_of(name, options)
     path = options.folder / name / "row.json"
-    if not path.exists() and arm.table:
+    if not path.exists():
         pairs = evaluation_pairs(options.clips)
         prompts = [label.caption() for _, label in pairs]
         plan = None if arm.plan is None else plan_of(arm)
@@ -225,7 +216,7 @@ def evaluated(name: str, options: argparse.Namespace) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as partial:
             partial.write_text(json.dumps({"arm": name, "table": arm.table, **row}, indent=2))
-    return dict(json.loads(path.read_text())) if arm.table else {}
+    return dict(json.loads(path.read_text()))
 
 
 def gather(options: argparse.Namespace) -> None:

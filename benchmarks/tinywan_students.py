@@ -81,6 +81,11 @@ def variants(options: argparse.Namespace) -> list[Variant]:
         trained,
         replace(sparse, name=f"+ {options.rule}, not trained"),
         replace(sparse, name=f"+ {options.rule}, distilled", **distilled),
+        *(
+            [replace(sparse, name=f"{options.rule}, knowledge first", weights=options.knowledge_first)]
+            if options.knowledge_first
+            else []
+        ),
         replace(reused, name=f"+ {rule}"),
         *(
             replace(trained, name=f"+ calibrated for density {d:g}", plan=own, density=own.density)
@@ -111,6 +116,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--knowledge-found", type=Path, default=SHIPPED / "tinywan_6_steps_found.safetensors"
+    )
+    parser.add_argument(
+        "--knowledge-first", type=Path, help="weights of the other order: knowledge, consistency"
     )
     parser.add_argument("--segments", type=int, default=6)
     parser.add_argument("--rule", default="2,1,balanced")
