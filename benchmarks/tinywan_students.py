@@ -82,7 +82,11 @@ def variants(options: argparse.Namespace) -> list[Variant]:
         replace(sparse, name=f"+ {options.rule}, not trained"),
         replace(sparse, name=f"+ {options.rule}, distilled", **distilled),
         *(
-            [replace(sparse, name=f"{options.rule}, knowledge first", weights=options.knowledge_first)]
+            [
+                replace(
+                    sparse, name=f"{options.rule}, knowledge first", weights=options.knowledge_first
+                )
+            ]
             if options.knowledge_first
             else []
         ),
