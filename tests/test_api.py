@@ -92,6 +92,7 @@ def test_a_saved_plan_gives_the_same_numbers_in_another_model(plan, tmp_path):
     assert torch.equal(*outputs)
 
 
+@pytest.mark.nightly
 def test_a_fitted_strength_reaches_the_model(plan):
     def output(rule: Rule) -> torch.Tensor:
         sites = tuple(replace(site, rule=rule, second=None) for site in plan.sites)

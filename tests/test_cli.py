@@ -32,6 +32,7 @@ def test_inspecting_what_is_no_pipeline_says_so(evdit, tmp_path):
     assert "UnsupportedInputError" in result.stderr
 
 
+@pytest.mark.nightly
 def test_inspect_prints_sites_breaks_and_the_bound(evdit):
     result = evdit.invoke(app, ["inspect", "tests.inspection.toys:good"])
     torch._dynamo.reset()

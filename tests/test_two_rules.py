@@ -72,7 +72,9 @@ def gradient(model: Any, out: Tensor) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize(("inner", "layers"), [("eager", 2), ("inductor", 1)])
+@pytest.mark.parametrize(
+    ("inner", "layers"), [("eager", 2), pytest.param("inductor", 1, marks=pytest.mark.nightly)]
+)
 def test_outputs_and_gradients(inner: str, layers: int) -> None:
     model, inputs = toy(layers), toy_inputs()
     plan = two_rules(make_plan(model, toy_rules(layers)))

@@ -4,6 +4,8 @@ import json
 import runpy
 from pathlib import Path
 
+import pytest
+
 from benchmarks import gpu_suite
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +25,7 @@ def test_without_a_gpu_s_numbers_the_page_says_so(tmp_path: Path) -> None:
     assert ("Not yet measured on a GPU" in page) == (not measured)
 
 
+@pytest.mark.nightly
 def test_what_the_suite_writes_becomes_tables(tmp_path: Path) -> None:
     output = tmp_path / "some-gpu" / "gpu_suite.json"
     parts = [argument for part in ("forward", "backward", "step") for argument in ("--part", part)]

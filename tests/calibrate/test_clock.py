@@ -15,7 +15,6 @@ from evdit_opt.calibrate.stage import staged
 from evdit_opt.calibrate.strengths import unfitted
 from evdit_opt.calibrate.survey import survey_attention
 from evdit_opt.config import Config
-from evdit_opt.demo.tinywan import load_tinywan
 from evdit_opt.errors import CalibrationError
 from evdit_opt.masks import CACHED, Rule
 from evdit_opt.models import as_denoiser
@@ -62,17 +61,17 @@ def test_a_pipeline_is_timed_dense_and_with_its_attention_gone() -> None:
         references=(1, 2), windows=(0,), calib_steps=3, min_tokens=16, inner="eager",
         progress=False, pipe_kwargs=SMALL,
     )  # fmt: skip
-    clock = measure_clock(*calibrated(load_tinywan(), ["a red circle moves right"], config))
+    clock = measure_clock(*calibrated(short_tinywan(), ["a red circle moves right"], config))
     assert (clock.dense_ms, clock.rest_ms) == (10.0, 4.0)
     sites = list(clock.prices.dense)
-    assert clock.sites == len(sites) == 6
+    assert clock.sites == len(sites) == 2
     assert clock.prices.dense == pytest.approx(dict.fromkeys(sites, 1.0))
     for site in sites:
         cached, one = clock.prices.rules[site][CACHED], clock.prices.rules[site][Rule(1)]
         assert (cached.reused, cached.refresh) == pytest.approx((0.0, 1.0))
         # A rule saves what its attention is faster; the projections stay.
-        assert one.sparse * clock.site_ms == pytest.approx(1.0 - 0.5 + 0.2)
-        assert one.refresh * clock.site_ms == pytest.approx(1.0 + 0.2)
+        assert one.sparse * clock.site_ms == pytest.approx(3.0 - 0.5 + 0.2)
+        assert one.refresh * clock.site_ms == pytest.approx(3.0 + 0.2)
 
 
 @pytest.mark.usefixtures("timed")

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 
 import evdit_opt
@@ -44,6 +45,7 @@ def test_calibration_makes_such_a_plan_and_the_model_runs_it(tmp_path: Path) -> 
     assert abs(sum(errors) / len(errors) - trial.output) < 1e-4 * trial.output
 
 
+@pytest.mark.nightly
 def test_it_competes_and_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     model = BY_NAME["wan"].model()
     straight = evdit_opt.make_plan(model, calls(), CALIBRATION)

@@ -37,6 +37,7 @@ def test_a_launch_that_is_not_supported_is_said(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_model_under_a_plan_learns_in_two_processes(tmp_path: Path) -> None:
     """Compiled as in one process, where DistributedDataParallel would cut its sites in two.

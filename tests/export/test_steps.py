@@ -89,6 +89,7 @@ def test_the_documented_loop_computes_the_same(
         onnx.checker.check_model(onnx.load(file))
 
 
+@pytest.mark.nightly
 def test_the_files_and_their_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = reusing("toy")
     table, *files = export_onnx_steps(

@@ -20,7 +20,7 @@ SPARSE = {case.name: case for case in CASES if not case.refused}
 KINDS = ("wan", "cogvideox", "mochi")
 
 
-# Their attention is that of another model, which runs every time; so does the detection of all
+# Their attention is that of another model, which runs every time; so does the detection of most
 # (tests/models/test_sites.py).
 ALIKE = {
     "anyflow", "chronoedit", "cogvideox15", "consisid", "framepack", "helios_nohist", "hunyuan_i2v",

@@ -155,6 +155,7 @@ def test_thirty_two_layers_each_with_its_mask(mask: str | None) -> None:
     assert_masked(out, model, call_of(mask), rules=rules)
 
 
+@pytest.mark.nightly
 def test_calibration_from_start_to_end(model: OpenSoraT2V) -> None:
     config = Config(
         threshold=0.5, min_tokens=0, references=(1, 2), windows=(0,), spacings=("paper",),

@@ -27,6 +27,7 @@ from tests.models.plain_attention import (
     PackedModule,
 )
 from tests.models.toy_dit import GRID, ToyDiT, make_plan, toy_inputs, toy_rules
+from tests.often import often
 
 # float32 rounding of a different summation order; dense and sparse differ by more than 1e-2.
 CLOSE = 2e-6
@@ -134,8 +135,13 @@ def test_gradients(flavour: Flavour) -> None:
 
 @pytest.mark.parametrize(
     ("flavour", "breaks"),
-    [(HeadsInTheBatch, False), (PackedModule, True)],
-    ids=["in one graph", "in graphs that layers share"],
+    often(
+        ["in one graph"],
+        {
+            "in one graph": (HeadsInTheBatch, False),
+            "in graphs that layers share": (PackedModule, True),
+        },
+    ),
 )
 def test_from_calibration_to_a_sparse_model(flavour: Flavour, breaks: bool) -> None:
     model, calls = build(flavour, breaks), [toy_inputs() for _ in range(2)]

@@ -11,6 +11,7 @@ from evdit_opt.models import as_denoiser
 from tests.models.case import Case, Shape
 from tests.models.detection import SHAPES, detection
 from tests.models.small_models import BY_NAME, CASES
+from tests.often import often
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results/cpu/models.json"
 RECORDED = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
@@ -21,17 +22,23 @@ MIXES_EARLY = {"sana_wm"}
 
 
 # Four times the same would be most of the time that all tests of models take.
-shapes = pytest.mark.parametrize(
-    ("size", "shape"),
-    [
-        pytest.param(name, shape, id=name, marks=[] if name == "usual" else pytest.mark.nightly)
-        for name, shape in SHAPES.items()
-    ],
-)
+EVERY = {f"{case.name}-{size}": (case, size, SHAPES[size]) for case in CASES for size in SHAPES}
+# Slow, and their attention is that of another model.
+SLOW = {
+    "consisid",
+    "framepack",
+    "hunyuan_i2v",
+    "kandinsky6",
+    "motif_xattn",
+    "sana_wm",
+    "wan_animate",
+}
+OFTEN = [
+    name for name, (case, size, _) in EVERY.items() if size == "usual" and case.name not in SLOW
+]
 
 
-@shapes
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+@pytest.mark.parametrize(("case", "size", "shape"), often(OFTEN, EVERY))
 def test_expected_sites_are_found_and_no_others(case: Case, size: str, shape: Shape) -> None:
     recorded = RECORDED[case.name]["detection"][size]
     model, call = case.model(shape), case.inputs(shape)

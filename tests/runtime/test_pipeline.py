@@ -24,6 +24,7 @@ from evdit_opt.masks import Rule
 from evdit_opt.models import config_hash
 from tests.models.masked import masked_attention
 from tests.models.toy_dit import make_plan
+from tests.often import often
 from tests.runtime.pair import APART, REORDERED, ROUNDED, WAN, far
 
 peft = pytest.importorskip("peft")
@@ -90,7 +91,7 @@ CHANGES: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("change", often(set(CHANGES) - {"vae_tiling", "vae_slicing"}, CHANGES))
 def test_an_optimized_pipeline_after(change: Change, tmp_path: Path) -> None:
     lora(tmp_path)
     fast, plain = pipeline(), pipeline()
