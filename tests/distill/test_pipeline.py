@@ -17,6 +17,7 @@ from diffusers import WanPipeline
 from evdit_opt import Config, FewStepScheduler, Plan, apply_plan, optimize
 from evdit_opt.apply import is_optimized
 from evdit_opt.demo.clips import draw_clip, sample_clip
+from evdit_opt.demo.tinywan import load_tinywan
 from evdit_opt.distill import encode, pipeline
 from evdit_opt.distill.checkpoint import load_state
 from evdit_opt.distill.config import FinetuneConfig
@@ -141,14 +142,14 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
         (clips / f"{number}.txt").write_text(sample_clip(number).caption)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
     script = Path(__file__).with_name("whole_run.py")
-    curves, start = {}, short_tinywan().transformer.state_dict()
+    curves, start = {}, load_tinywan().transformer.state_dict()
     for name, processes, batch, shard in (("one", 1, 2, 0), ("two", 2, 1, 0), ("shards", 2, 1, 1)):
         given = [str(tmp_path / name), str(clips), str(batch), str(shard), "0"]
         command = [*launch, str(processes), str(script), *given]
         subprocess.run(command, check=True, capture_output=True, timeout=300)
         read = (tmp_path / f"{name}.read").read_text().splitlines()
         assert sorted(read) == ["0.mp4", "1.mp4", "2.mp4"]
-        restored = short_tinywan()
+        restored = load_tinywan()
         restore_finetuned(restored, tmp_path / name / "result")
         learned = restored.transformer.state_dict()
         assert any(not torch.equal(value, start[key]) for key, value in learned.items())
