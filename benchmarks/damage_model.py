@@ -6,7 +6,7 @@ Every site gets a random option (dense, a static rule, or a rule that reuses), e
 schedule. Predicted: the sum of ``calibrate/reuse_search.py``. True: the squared relative error of
 the video against the dense run of the same seed, mean over prompts the prediction never saw. The
 rank correlation is Spearman's. Plans are added one by one, so that a run may be interrupted; those
-whose prediction is still the same are not run again.
+of the same steps and clips whose prediction is still the same are not run again.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def main() -> None:
     drafter = Drafter(denoiser, survey, config)
     chance = random.Random(SEED)
     rows: list[dict[str, Any]] = []
-    before = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
+    before = measured_before(arguments)
     with staged(denoiser, survey.layouts, survey.scoped) as stage:
         found = record(stage, prompts, config, survey.grid_source.input)
         prices = kept_pairs(found.errors, found.reuse)
@@ -117,6 +117,15 @@ def main() -> None:
             )
             print(number, {k: round(v, 5) for k, v in rows[-1].items()}, flush=True)
             write(arguments, rows)
+
+
+def measured_before(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of the same steps and clips that are there."""
+    if not arguments.output.exists():
+        return []
+    report = json.loads(arguments.output.read_text(encoding="utf-8"))
+    alike = all(report[name] == getattr(arguments, name) for name in ("steps", "clips"))
+    return list(report["rows"]) if alike else []
 
 
 def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
